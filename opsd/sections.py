@@ -1,0 +1,221 @@
+"""What a run can be told: one frozen section per module that reads it. `opsd.config` reads and writes them.
+
+Units and letters are those of the project: G responses per prompt, steps are optimizer updates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+TEACHER_TEMPLATE = (
+    "Evidence from an observer of this clip (may be incomplete):\n{rationale}\n"
+    "Use this evidence together with what you see and hear. Reason in your own words, then answer."
+)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text: a float written that way is a float all the same."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _refuse(field: str, expected: str, found: object) -> PydanticCustomError:
+    """The error of a check; `opsd.config` adds file and line. `field` is the key within the section."""
+    return PydanticCustomError("check", "{expected}", {"field": field, "expected": expected, "found": repr(found)})
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are never coerced in silence, and a section does not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class DataConfig(Section):
+    train: Local | None = Field(None, description="Rows to train on (JSONL).")
+    test: Local | None = Field(None, description="Held-out rows for the final evaluation.")
+    validation: Local | None = Field(None, description="Held-out rows for evaluations during training.")
+    labels: Texts | None = Field(None, description="The options: every row's label must be one of them.")
+    require_rationale: bool = Field(True, description="Refuse training rows without a rationale.")
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and (not labels or any(not label.strip() for label in labels)):
+            raise _refuse("labels", "a list of non-empty labels, or null", list(labels))
+        if labels is not None and len(set(labels)) < len(labels):
+            raise _refuse("labels", "labels that differ", list(labels))
+        return labels
+
+
+class PromptsConfig(Section):
+    system: str | None = Field(None, description="System message put before prompts that have none.")
+    subtitle_template: str | None = Field(
+        'Subtitle: "{subtitle}"', description="Text for a row's subtitle; null leaves subtitles out."
+    )
+    teacher_template: str = Field(TEACHER_TEMPLATE, description="Text of the teacher's view with {rationale} in it.")
+    label_template: str = Field(
+        "The correct answer is: {label}\nReason in your own words, then answer.",
+        description="Text of the teacher's view when privilege is label.",
+    )
+    privilege: Literal["rationale", "label", "none"] = Field(
+        "rationale", description="What the teacher sees that the student does not."
+    )
+    max_prompt_tokens: int = Field(24576, ge=1, description="Longer prompts are an error, never truncated (tokens).")
+
+    @model_validator(mode="after")
+    def _slots(self) -> PromptsConfig:
+        for field, slot in (
+            ("teacher_template", "{rationale}"),
+            ("label_template", "{label}"),
+            ("subtitle_template", "{subtitle}"),
+        ):
+            template = getattr(self, field)
+            if template is not None and slot not in template:
+                raise _refuse(field, f"a template that contains {slot}", template)
+        return self
+
+
+class MediaConfig(Section):
+    sampling_rate: int = Field(16000, ge=1, description="Audio is resampled to this rate (Hz).")
+    verify: bool = Field(True, description="Decode every medium once before the first step.")
+
+
+class ModelConfig(Section):
+    path: str = Field(min_length=1, description="Folder or hub id of the model and its processor.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    adapter: Literal["none", "lora"] = Field("none", description="none trains the weights, lora an adapter.")
+    lora_r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: int = Field(32, ge=1, description="Scale of the adapter times its rank.")
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_targets: Literal["all-linear"] | Texts = Field("all-linear", description="Modules that get an adapter.")
+    freeze: Texts = Field((), description="Name prefixes of modules that stay as they are.")
+    attention: str = Field("sdpa", description="Attention implementation: sdpa, eager, ...")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class EngineConfig(Section):
+    share_prefix: bool = Field(True, description="Compute a prompt once for its G responses; false is the plain twin.")
+    prompts_per_pass: int = Field(8, ge=1, description="Micro-batch: prompts per forward pass.")
+
+
+class RolloutConfig(Section):
+    group_size: int = Field(4, ge=1, description="G, responses sampled per prompt.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest response (tokens).")
+    temperature: Float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: Float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
+    top_k: int | None = Field(None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
+
+
+class TeacherConfig(Section):
+    kind: Literal["ema", "frozen", "live"] = Field("ema", description="Averaged, initial, or current student.")
+    mu: Float = Field(0.999, ge=0, lt=1, description="EMA decay per step: mu^n of the start is left after n steps.")
+    lora_average: Literal["dense", "freeze_a", "factors"] = Field(
+        "dense", description="EMA of an adapter: exact dense, exact with A frozen, or of A and B apart (approximate)."
+    )
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["distill", "sft", "reward"] = Field("distill", description="What is trained.")
+    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field("jsd", description="Per-token divergence.")
+    beta: Float = Field(0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
+    temperature: Float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    alpha: Float = Field(0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out.")
+    workspace_mib: int = Field(256, ge=1, description="Memory for logits of one chunk (MiB).")
+    backend: Literal["auto", "triton", "native", "torch"] = Field("auto", description="Row kernels of the loss.")
+    teacher_view_fraction: Float = Field(0.0, ge=0, le=1, description="sft: share of rows seen with privilege.")
+
+    @model_validator(mode="after")
+    def _checks(self) -> ObjectiveConfig:
+        if self.divergence == "jsd" and not 0 < self.beta < 1:
+            raise _refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
+        if self.teacher_view_fraction and self.kind != "sft":
+            raise _refuse("teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction)
+        return self
+
+
+class RewardsConfig(Section):
+    accuracy: Float = Field(1.0, description="Weight of the right answer.")
+    format: Float = Field(1.0, description="Weight of <think>..</think><answer>..</answer>.")
+
+
+class OptimConfig(Section):
+    lr: Float = Field(1e-6, ge=0, description="Peak learning rate of AdamW.")
+    betas: Annotated[tuple[Float, Float], Field(strict=False)] = Field((0.9, 0.999), description="AdamW decays.")
+    eps: Float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: Float | None = Field(1.0, gt=0, description="Clip the gradient's norm; null does not clip.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise _refuse("betas", "two numbers in [0, 1)", list(betas))
+        return betas
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0 writes one at the end only.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
+
+
+class LogConfig(Section):
+    every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    samples_every: int = Field(20, ge=0, description="Steps between sampled responses; 0 writes none.")
+    samples: int = Field(4, ge=0, description="Responses written each time.")
+    progress: Literal["auto", "rich", "plain", "none"] = Field("auto", description="auto: rich on a terminal.")
+
+
+class EvaluateConfig(Section):
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates before and after only.")
+    batch_size: int = Field(32, ge=1, description="Prompts decoded together.")
+    limit: int | None = Field(None, ge=1, description="Use the first rows only; null uses all.")
+    teacher: bool = Field(True, description="Also measure the teacher's view.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(100, ge=0, description="Optimizer updates.")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts per update, over all micro-batches.")
+    seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
+    run_dir: Local = Field(Path("runs/latest"), description="Folder for everything the run writes.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice.")
+
+
+class Config(Section):
+    """Everything a run depends on, resolved."""
+
+    data: DataConfig = DataConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    media: MediaConfig = MediaConfig()
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @model_validator(mode="after")
+    def _across(self) -> Config:
+        if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
+            raise _refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
+        return self

@@ -1,0 +1,50 @@
+"""The definition, dense and in the dtype of its inputs: the truth of tests (in fp64) and the eager peer of benches."""
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.divergence import Divergence
+
+
+def token_divergence(
+    z_s: Tensor,  # (N, V) student logits
+    z_t: Tensor,  # (N, V) teacher logits
+    divergence: Divergence,
+) -> Tensor:  # (N,)
+    """Per-token divergence of divergence.py, from log_softmax; a column that is -inf on both sides counts as 0."""
+    log_p = torch.log_softmax(z_s / divergence.temperature, dim=-1)
+    log_q = torch.log_softmax(z_t / divergence.temperature, dim=-1)
+    if divergence.kind == "reverse_kl":
+        return _kl(log_p, log_q)
+    if divergence.kind == "forward_kl":
+        return _kl(log_q, log_p)
+    b = divergence.beta
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((1 - b) * p + b * q).log()
+    return b * _kl(log_q, log_m) + (1 - b) * _kl(log_p, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    seen = log_a > -torch.inf
+    # both arguments are masked: a NaN in the branch not taken would still reach the gradient
+    difference = log_a.masked_fill(~seen, 0) - log_b.masked_fill(~seen, 0)
+    return (log_a.exp() * difference).sum(dim=-1)
+
+
+def dense_token_kl(
+    student_hidden: Tensor,  # (N, D)
+    head: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (N, E)
+    teacher_head: Tensor | None,  # (V, E); None: head
+    divergence: Divergence,
+) -> Tensor:  # (N,)
+    """What fused_token_kl computes, with both (N, V) logits and everything autograd keeps of them."""
+    with torch.no_grad():
+        z_t = teacher_hidden @ (head if teacher_head is None else teacher_head).mT
+    return token_divergence(student_hidden @ head.mT, z_t, divergence)
+
+
+def entropy(logits: Tensor, temperature: float) -> Tensor:  # (N, V) -> (N,)
+    """-sum p ln p of softmax(logits / temperature)."""
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)

@@ -1,0 +1,108 @@
+"""Row kernel in plain torch: the fallback of the C++ library and its readable twin. Equations: divergence.py.
+
+Both rows are centred at the student's argmax a, d = (z_s - z_s[a]) - (z_t - z_t[a]), so that the signal of
+self-distillation, the small difference of two large logits, is formed before anything is exponentiated. Then
+c = ln(sum p exp(-d)), r = ln p - ln q = d + c, and every value is a sum of terms that cannot be negative:
+reverse sum p r + (q - p), forward -sum q r + (q - p), jsd with x = q - p likewise (sum x = 0 adds nothing).
+"""
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.divergence import Divergence
+from opsd_kernels.rows import RowOutputs
+
+NAME = "torch"
+SLAB = 1 << 16  # elements handled at once: bounds the temporaries below
+
+
+def scratch_bytes(vocab: int) -> int:
+    """Upper bound of the temporaries of one slab."""
+    return 20 * 4 * max(SLAB, vocab)
+
+
+def run(
+    z_s: Tensor,  # (n, V) fp32, consumed
+    z_t: Tensor,  # (n, V) fp32, consumed; holds z_s - z_t when is_delta
+    is_delta: bool,
+    divergence: Divergence,
+    scale: Tensor,  # (n,) fp32 weight of each row's gradient
+    grad: Tensor | None,  # (n, V), may be z_s
+    out: RowOutputs,
+) -> None:
+    """Fill `out` and, unless None, grad = scale * d value / d (z_s / temperature)."""
+    step = max(1, SLAB // max(1, z_s.shape[1]))
+    for i in range(0, z_s.shape[0], step):
+        s = slice(i, min(i + step, z_s.shape[0]))
+        _slab(z_s[s], z_t[s], is_delta, divergence, scale[s], None if grad is None else grad[s], out.rows(s))
+
+
+def _slab(
+    z_s: Tensor,
+    z_t: Tensor,
+    is_delta: bool,
+    divergence: Divergence,
+    scale: Tensor,
+    grad: Tensor | None,
+    out: RowOutputs,
+) -> None:
+    inverse = 1.0 / divergence.temperature
+    top = z_s.argmax(dim=-1, keepdim=True)
+    s = (z_s - z_s.gather(1, top)) * inverse
+    if is_delta:
+        d = (z_t - z_t.gather(1, top)) * inverse
+        t = s - d
+    else:
+        t = (z_t - z_t.gather(1, top)) * inverse
+        d = s - t
+    t_max = t.amax(dim=-1, keepdim=True)
+    e_s, e_t = s.exp(), (t - t_max).exp()
+    sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
+    p, q = e_s / sum_s, e_t / sum_t
+    out.student_entropy.copy_(_entropy(p, s, sum_s))
+    out.teacher_entropy.copy_(_entropy(q, t - t_max, sum_t))
+
+    # sum of exp(t) - exp(s): expm1 where the two are close, their plain difference where expm1 could overflow
+    difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.clamp(max=30).exp() - e_s)
+    near = torch.log1p(difference.sum(-1, keepdim=True) / sum_s)
+    c = torch.where(t_max < 30, near, t_max + (sum_t / sum_s).log())
+    r = d + c
+    x = torch.where(r.abs() <= 1, p * torch.expm1(-r), q - p)  # q - p
+    value, slope = _FORMULAS[divergence.kind](p, q, r, x, divergence.beta)
+    out.value.copy_(value.clamp_min(0))
+    if grad is not None:
+        grad.copy_(slope * scale[:, None])
+
+
+def _entropy(p: Tensor, centred: Tensor, total: Tensor) -> Tensor:
+    return (total.log() - _times(p, centred).sum(-1, keepdim=True))[:, 0]
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, with 0 * inf = 0: a column without mass says nothing. A NaN weight stays NaN."""
+    return torch.where(weight == 0, 0.0, weight * x)
+
+
+def _reverse_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    value = (_times(p, r) + x).sum(-1)
+    return value, _times(p, r - value[:, None])
+
+
+def _forward_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return -(_times(q, r) + x).sum(-1), -x
+
+
+def _jsd(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    y = torch.expm1(-r.abs())
+    # g = ln(M/p) and h = ln(q/M), each from the side on which exp cannot overflow
+    less, more = torch.log1p(beta * y), torch.log1p((1 - beta) * y)
+    g = torch.where(r >= 0, less, more - r)
+    h = torch.where(r >= 0, -r - less, -more)
+    student = beta * x - _times(p, g)  # sums to KL(p||M)
+    teacher = _times(q, h) - (1 - beta) * x  # sums to KL(q||M)
+    to_mixture = student.sum(-1, keepdim=True)
+    value = (beta * teacher + (1 - beta) * student).sum(-1)
+    return value, (beta - 1) * _times(p, g + to_mixture)
+
+
+_FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}

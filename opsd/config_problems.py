@@ -64,8 +64,8 @@ def _unknown(place: Place) -> tuple[str, str, str | None]:
     if len(place) == 1:
         return f"a section, one of {', '.join(SECTIONS)}", "an unknown section", hint or did_you_mean(name, SECTIONS)
     keys = list(SECTIONS[place[0]].model_fields)
-    everywhere = [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
-    hint = hint or did_you_mean(name, keys) or did_you_mean(".".join(place), everywhere)
+    everywhere = [key for model in SECTIONS.values() for key in model.model_fields]
+    hint = hint or did_you_mean(name, keys) or did_you_mean(name, everywhere)
     return f"a key of section {place[0]}, one of {', '.join(keys)}", "an unknown key", hint
 
 

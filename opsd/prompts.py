@@ -1,0 +1,143 @@
+"""Two prompts of one row, through the processor's own chat template: the student's view and the teacher's.
+
+Both have the same media and the same task. The teacher's last user turn goes on with a blank line and what only the
+teacher may know, so that the student's view up to there is a prefix of the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.config import MediaConfig, PromptsConfig
+from opsd.data import Example
+from opsd.errors import InputError, raise_all
+from opsd.media import load_audio, load_image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered prompt as the processor returns it, without padding."""
+
+    inputs: dict[str, Tensor]  # input_ids (1, P), attention_mask (1, P), media tensors
+    text: str  # what the chat template rendered, one placeholder per medium
+
+    @property
+    def length(self) -> int:
+        """P, the number of prompt tokens, those of the media included."""
+        return self.inputs["input_ids"].shape[1]
+
+
+class PromptBuilder:
+    """Renders examples. `processor` is a multimodal processor, or a bare tokenizer for text-only rows."""
+
+    def __init__(self, processor: Any, config: PromptsConfig, media: MediaConfig) -> None:
+        self.processor, self.config, self.media = processor, config, media
+        self.multimodal = hasattr(processor, "tokenizer")
+        tokenizer = processor.tokenizer if self.multimodal else processor
+        self.extractor = getattr(processor, "feature_extractor", None)
+        self.special = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+        self.special |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")}
+        self.special.discard("")
+        rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
+        if rate != media.sampling_rate:
+            raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
+
+    def student(self, example: Example) -> Prompt:
+        """The prompt without privilege."""
+        return self._build(example, self._messages(example))
+
+    def teacher(self, example: Example) -> Prompt:
+        """The same prompt with what config.privilege names: rationale and teacher images, label, or nothing."""
+        messages = self._messages(example)
+        if self.config.privilege == "none":
+            return self._build(example, messages)
+        value = example.rationale if self.config.privilege == "rationale" else example.label
+        if value is None:
+            raise example.problem(
+                self.config.privilege, "text that is not empty", "nothing", "the teacher's view needs it"
+            )
+        self._refuse_special(example, self.config.privilege, value)
+        if self.config.privilege == "rationale":
+            extra = [{"type": "image", "image": path} for path in example.teacher_images]
+            text = self.config.teacher_template.replace("{rationale}", value)
+        else:
+            extra, text = [], self.config.label_template.replace("{label}", value)
+        messages[-1]["content"] += [*extra, {"type": "text", "text": f"\n\n{text}"}]
+        return self._build(example, messages)
+
+    def verify(self, examples: Iterable[Example], *, teacher: bool = True) -> None:
+        """Build every prompt once and report all that fail: too long, special tokens in the text, no privilege."""
+        problems = []
+        for example in examples:
+            try:
+                self.student(example)
+                if teacher:
+                    self.teacher(example)
+            except InputError as error:
+                problems.append(error)
+        raise_all(problems)
+
+    def _messages(self, example: Example) -> list[dict[str, Any]]:
+        """A copy of the messages with the configured system message and the subtitle in it."""
+        messages = [{"role": m["role"], "content": list(m["content"])} for m in example.messages]
+        for i, message in enumerate(messages):
+            for j, part in enumerate(message["content"]):
+                self._refuse_special(example, f"prompt[{i}].content[{j}].text", part.get("text", ""))
+        if self.config.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.config.system}]})
+        if example.subtitle is not None and self.config.subtitle_template is not None:
+            self._refuse_special(example, "subtitle", example.subtitle)
+            content = messages[-1]["content"]
+            gap = "\n" if content[-1]["type"] == "text" else ""
+            text = self.config.subtitle_template.replace("{subtitle}", example.subtitle)
+            content.append({"type": "text", "text": gap + text})
+        return messages
+
+    def _refuse_special(self, example: Example, field: str, text: str) -> None:
+        """A special token inside a row's text would end a turn, or claim a medium that is not there."""
+        for token in self.special:
+            if token in text:
+                raise example.problem(field, "text without the model's special tokens", repr(token))
+
+    def _build(self, example: Example, messages: list[dict[str, Any]]) -> Prompt:
+        parts = [part for message in messages for part in message["content"]]
+        images = [load_image(part["image"]) for part in parts if part["type"] == "image"]
+        sounds = [self._sound(example, part["audio"]) for part in parts if part["type"] == "audio"]
+        if not self.multimodal:
+            if images or sounds:
+                raise example.problem("prompt", "text only, as the model has no processor for media", "media")
+            messages = [{"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        extra: dict[str, Any] = {}
+        if images:
+            extra["images"] = [images]  # nested: one list per text, the form every processor takes
+        if sounds:
+            extra |= {"audio": sounds, "sampling_rate": self.media.sampling_rate}
+        # The template has written every special token that belongs there.
+        out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
+        prompt = Prompt({name: torch.as_tensor(value) for name, value in out.items()}, text)
+        if prompt.length > self.config.max_prompt_tokens:
+            raise example.problem(
+                "prompt",
+                f"at most {self.config.max_prompt_tokens} tokens",
+                f"{prompt.length}",
+                "prompts.max_prompt_tokens is the limit",
+            )
+        return prompt
+
+    def _sound(self, example: Example, path: Path) -> Any:
+        """(samples,) float32, refused when the feature extractor would cut it."""
+        sound = load_audio(path, self.media.sampling_rate)
+        longest = getattr(self.extractor, "n_samples", len(sound))
+        if len(sound) > longest:
+            rate = self.media.sampling_rate
+            raise example.problem(
+                "prompt", f"at most {longest / rate:g} s of audio", f"{len(sound) / rate:.1f} s in {path}"
+            )
+        return sound

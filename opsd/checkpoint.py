@@ -1,0 +1,123 @@
+"""Checkpoints: a folder that Hugging Face opens, plus what a resumed run needs. Safetensors and JSON, no pickle.
+
+    RUN/checkpoints/step-000100/   model.safetensors or adapter_model.safetensors, config, processor files
+                                   trainer.safetensors (AdamW moments, EMA teacher), trainer.json
+    RUN/checkpoints/last           link to the newest
+
+A checkpoint is written beside its place and renamed into it, so a killed save leaves the one before it intact.
+Order of the data, sampling and dropout are functions of (seed, step): they need no state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opsd.errors import InputError, writing
+from opsd.model import LanguageModel
+from opsd.optim import Optimizer
+from opsd.teacher import Teacher
+
+_FORMAT = 1  # raised when a trainer of today could not read a checkpoint of tomorrow
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int  # updates done
+
+
+def save(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, teacher: Teacher, keep: int) -> Path:
+    """Write RUN/checkpoints/step-N atomically, point `last` at it, drop all but the newest `keep`."""
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(temporary):
+        temporary.mkdir(parents=True)
+        _save_model(model, temporary)
+        save_file(_trainer_state(optimizer, teacher), temporary / "trainer.safetensors")
+        (temporary / "trainer.json").write_text(json.dumps({"format": _FORMAT, "step": step}))
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from before it
+        os.replace(temporary, final)
+        _point(folder / "last", final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the most steps, or None."""
+    found = []
+    for path in folder.glob("step-*"):
+        meta = _read_meta(path)
+        found.append(Checkpoint(path, meta["step"]))
+    return max(found, key=lambda c: c.step, default=None)
+
+
+def restore(checkpoint: Checkpoint, optimizer: Optimizer, teacher: Teacher) -> None:
+    """Load AdamW's moments and the teacher; the weights are read by `load_model` from the same folder."""
+    path = checkpoint.path / "trainer.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except Exception as error:
+        raise InputError("readable safetensors", str(error).splitlines()[0], file=path) from error
+    optimizer.load_state(_under("optimizer/", tensors))
+    saved = _under("teacher/", tensors)
+    for name, own in teacher.state().items():
+        if name not in saved or saved[name].shape != own.shape:
+            raise InputError(f"teacher tensor {name} of shape {tuple(own.shape)}", "none like it", file=path)
+        own.copy_(saved[name])
+
+
+def _save_model(model: LanguageModel, folder: Path) -> None:
+    if model.has_adapter:  # the base stays where it is; adapter_config.json names it
+        model.module.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.module.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+
+
+def _trainer_state(optimizer: Optimizer, teacher: Teacher) -> dict[str, Tensor]:
+    state = {f"optimizer/{name}": t for name, t in optimizer.state().items()}
+    state |= {f"teacher/{name}": t for name, t in teacher.state().items()}
+    return {name: t.detach().contiguous() for name, t in state.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _read_meta(path: Path) -> dict[str, int]:
+    file = path / "trainer.json"
+    try:
+        meta = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError("a checkpoint written by opsd", str(error), file=file) from error
+    if meta.get("format") != _FORMAT:
+        raise InputError(f"checkpoint format {_FORMAT}", str(meta.get("format")), file=file, field="format")
+    return meta
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name(".last.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)

@@ -1,0 +1,120 @@
+"""Accuracy on held-out rows: greedy decoding, no rationale. `python -m opsd.evaluate RUN_DIR --data rows.jsonl`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opsd import checkpoint
+from opsd.cli import guard
+from opsd.config import load_config
+from opsd.data import Example, read_examples
+from opsd.errors import InputError, writing
+from opsd.media import verify_media
+from opsd.model import LanguageModel, load_model
+from opsd.prompts import Prompt, PromptBuilder
+from opsd.rewards import accuracy, parse_answer
+from opsd.rollout import Sampling, decode, rollout
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers with its 95 % Wilson score interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> Accuracy:
+    """p = right / n; (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)   (Wilson, 1927)."""
+    p, shrink = right / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
+    return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, max_new_tokens: int) -> list[str]:
+    """Greedy answers, one per prompt."""
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        texts += decode(model.tokenizer, rollout(model, batch, Sampling.greedy(max_new_tokens), [0] * len(batch)))
+    return texts
+
+
+def measure(run: Any, step: int) -> None:
+    """Evaluate the student's view, and the teacher's if asked, on the run's held-out rows; append the records."""
+    config = run.config.evaluate
+    for split, rows in run.held_out.items():
+        rows = [row for row in rows if row.label is not None][: config.limit]
+        views: dict[str, tuple[Any, AbstractContextManager[None]]] = {"student": (run.prompts.student, nullcontext())}
+        privilege = run.config.prompts.privilege
+        if config.teacher and (privilege == "none" or all(getattr(row, privilege) for row in rows)):
+            views["teacher"] = (run.prompts.teacher, run.teacher.weights())
+        for view, (build, weights) in views.items():
+            with weights:
+                texts = answer(run.model, [build(r) for r in rows], config.batch_size, run.config.rollout.max_new_tokens)
+            result = wilson(sum(int(accuracy(t, r.label)) for t, r in zip(texts, rows, strict=True)), len(rows))
+            run.directory.append("evaluations", {"step": step, "split": split, "view": view, **asdict(result)})
+            run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
+
+
+def percent(result: Accuracy) -> str:
+    return f"{result.accuracy:.1%} [{result.low:.1%}, {result.high:.1%}], n = {result.n}"
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load_config(args.run_dir / "config.yaml")
+    last = checkpoint.newest(args.run_dir / "checkpoints")
+    if last is None:
+        raise InputError("a checkpoint to evaluate", "none", file=args.run_dir / "checkpoints")
+    rows = read_examples(args.data, config.data, held_out=True)
+    if config.media.verify:
+        verify_media(rows, config.media)
+    model = load_trained(config.model, last.path)
+    prompts = PromptBuilder(model.processor, config.prompts, config.media)
+    texts = answer(
+        model, [prompts.student(row) for row in rows], config.evaluate.batch_size, config.rollout.max_new_tokens
+    )
+    out = args.out or args.run_dir / f"predictions-{args.data.stem}.jsonl"
+    _write(out, rows, texts)
+    labelled = [(row, text) for row, text in zip(rows, texts, strict=True) if row.label is not None]
+    if labelled:
+        right = sum(int(accuracy(text, row.label)) for row, text in labelled)
+        print(f"accuracy without rationale: {percent(wilson(right, len(labelled)))}")
+    print(f"answers: {out}")
+
+
+def load_trained(config: Any, path: Path) -> LanguageModel:
+    """The student of a checkpoint: full weights, or the base with the trained adapter."""
+    if config.adapter == "lora":
+        return load_model(config, adapter_from=path)
+    return load_model(config.model_copy(update={"path": str(path)}))
+
+
+def _write(out: Path, rows: list[Example], texts: list[str]) -> None:
+    with writing(out), out.open("w", encoding="utf-8") as stream:
+        for row, text in zip(rows, texts, strict=True):
+            record = {"id": row.id, "response": text, "answer": parse_answer(text), "label": row.label}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = argparse.ArgumentParser(prog="python -m opsd.evaluate", description=__doc__)
+    made.add_argument("run_dir", type=Path, help="a run of opsd.train; its newest checkpoint is evaluated")
+    made.add_argument("--data", type=Path, required=True, help="rows (JSONL); rationales are not read")
+    made.add_argument("--out", type=Path, help="answers (JSONL); default RUN_DIR/predictions-<data name>.jsonl")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return guard(run, made, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Objectives: pure functions from hidden states to a loss. One file each."""

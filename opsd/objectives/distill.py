@@ -1,0 +1,43 @@
+"""On-policy self-distillation: a dense divergence between teacher and student on the student's own tokens.
+
+    D_t = JSD_b(P_T(. | c_T, y_<t) || P_S(. | c_S, y_<t))          full vocabulary, b = 0.5, tau = 1
+    L   = mean over responses of (1 / T) sum_t D_t  +  alpha L_R   OmniOPSD, arXiv 2606.15920
+
+L_R is `opsd.objectives.reward` with the raw reward: no baseline, no normalisation.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opsd.config import ObjectiveConfig
+from opsd_kernels import Divergence, fused_token_kl
+
+
+def distill_loss(
+    student_hidden: Tensor,  # (N, D)
+    student_head: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (N, E), no gradient
+    teacher_head: Tensor | None,  # (V, E); None where it is the student's own
+    token_weights: Tensor,  # (N,) fp32, 1 / (T_i * responses of the step)
+    config: ObjectiveConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The divergence term, summed with the token weights, and sums over tokens for the metrics."""
+    divergence = Divergence(config.divergence, beta=config.beta, temperature=config.temperature)
+    weighted, stats = fused_token_kl(
+        student_hidden,
+        student_head.to(student_hidden.dtype),
+        teacher_hidden,
+        None if teacher_head is None else teacher_head.to(teacher_hidden.dtype),
+        divergence=divergence,
+        token_weights=token_weights,
+        workspace_mib=config.workspace_mib,
+        backend=config.backend,
+        return_stats=True,
+    )
+    sums = {
+        "divergence": (weighted.detach() / token_weights).sum(),
+        "student_entropy": stats.student_entropy.sum(),
+        "teacher_entropy": stats.teacher_entropy.sum(),
+    }
+    return weighted.sum(), sums

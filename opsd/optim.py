@@ -1,0 +1,59 @@
+"""AdamW, the learning-rate schedule and the clip. The schedule is a function of the step: nothing to resume."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opsd.config import OptimConfig
+from opsd.model import LanguageModel
+
+
+class Optimizer:
+    """AdamW over the model's trainable parameters, addressed by name so that a checkpoint can name them too."""
+
+    def __init__(self, model: LanguageModel, config: OptimConfig, steps: int):
+        self.config, self.steps = config, steps
+        self.parameters = model.trainable()
+        self.adamw = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+
+    def step(self, step: int) -> dict[str, Tensor | float]:
+        """Clip the gathered gradients, update, clear them. step counts from 0."""
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        rate = self.config.lr * schedule(self.config, step, self.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "lr": rate}
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments as `<parameter name>/<moment>`."""
+        state = self.adamw.state
+        return {f"{n}/{key}": t for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            keys = [key for key in tensors if key.rpartition("/")[0] == name]
+            if keys:
+                device = {key: "cpu" if key.endswith("/step") else p.device for key in keys}
+                self.adamw.state[p] = {key.rpartition("/")[2]: tensors[key].to(device[key]) for key in keys}
+
+
+def schedule(config: OptimConfig, step: int, steps: int) -> float:
+    """Factor on the learning rate: linear warm-up, then constant, or linear or cosine down to 0 at the last step."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

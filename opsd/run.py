@@ -1,0 +1,169 @@
+"""A run: everything `opsd.train` works with, opened and checked before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opsd import checkpoint
+from opsd.checkpoint import Checkpoint
+from opsd.config import Config, dump_config, load_config
+from opsd.data import Example, order, read_examples
+from opsd.errors import InputError, did_you_mean, raise_all, writing
+from opsd.log import Clock, Progress, RunDir, make_progress
+from opsd.media import verify_media
+from opsd.model import LanguageModel, load_model
+from opsd.optim import Optimizer
+from opsd.prompts import PromptBuilder
+from opsd.teacher import LiveTeacher, Teacher, build_teacher
+
+# What a resumed run may change: none of it moves a metric that is compared.
+_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir")
+
+
+@dataclass
+class Run:
+    config: Config
+    directory: RunDir
+    train: list[Example]
+    held_out: dict[str, list[Example]]  # "test", "validation"
+    prompts: PromptBuilder
+    model: LanguageModel
+    teacher: Teacher
+    optimizer: Optimizer
+    start: int  # updates already done
+    clock: Clock
+    progress: Progress
+    logged: int  # the step of the last line in metrics.jsonl
+
+    def passes(self, step: int) -> Iterator[list[tuple[int, Example]]]:
+        """The step's rows in micro-batches, each row with its place in the step."""
+        size = self.config.train.prompts_per_step
+        rows = order(len(self.train), size, step, self.config.train.seed)
+        batch = [(place, self.train[row]) for place, row in enumerate(rows)]
+        width = self.config.engine.prompts_per_pass
+        for first in range(0, size, width):
+            yield batch[first : first + width]
+
+    def seed(self, step: int, place: int, purpose: str) -> int:
+        """A 56-bit seed that is a function of (run seed, step, place, purpose): resuming needs no RNG state."""
+        text = f"{self.config.train.seed}/{step}/{place}/{purpose}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+@contextmanager
+def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
+    """Open a new run, or go on with the one in `train.run_dir`. Every problem is raised before the first step."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    directory, last = _open_directory(config, resume)
+    train = _read("train", config)
+    held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
+    _check_rows(train, config)
+    if config.media.verify:
+        verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
+
+    model = load_model(*_weights(config, last))
+    prompts = PromptBuilder(model.processor, config.prompts, config.media)
+    distils = config.objective.kind == "distill"
+    teacher = build_teacher(config.teacher, model) if distils else LiveTeacher()
+    optimizer = Optimizer(model, config.optim, config.train.steps)
+    if last is not None:
+        checkpoint.restore(last, optimizer, teacher)
+    start = last.step if last is not None else 0
+    directory.rewind(start if last is not None else -1)
+    progress = make_progress(config.log.progress, config.train.steps)
+    try:
+        yield Run(
+            config, directory, train, held_out, prompts, model, teacher, optimizer,
+            start, Clock(model.device), progress, logged=start,
+        )  # fmt: skip
+    finally:
+        progress.close()
+
+
+def next_run_dir(name: str, root: Path = Path("runs")) -> Path:
+    """The first free `runs/<name>-NNN`."""
+    taken = [int(m[1]) for p in root.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+    return (root / f"{name}-{max(taken, default=0) + 1:03d}").absolute()
+
+
+def with_run_dir(config: Config, path: Path) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": path})})
+
+
+def _open_directory(config: Config, resume: bool) -> tuple[RunDir, Checkpoint | None]:
+    path = config.train.run_dir
+    assert path is not None, "the command line resolves train.run_dir before a run is opened"
+    directory = RunDir(path)
+    saved = path / "config.yaml"
+    if resume:
+        if not saved.exists():
+            raise InputError("a run directory with config.yaml", "none", file=path, field="--resume")
+        _same_config(config, load_config(saved), saved)
+        return directory, checkpoint.newest(directory.checkpoints)
+    if path.exists() and any(path.iterdir()):
+        raise InputError(
+            "a new or empty folder", "a folder with files", file=path, field="train.run_dir",
+            hint="--resume goes on with a run",
+        )  # fmt: skip
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    dump_config(config, saved)
+    return directory, None
+
+
+def _same_config(config: Config, saved: Config, file: Path) -> None:
+    now, then = _flat(config), _flat(saved)
+    constant = config.optim.schedule == "constant"  # other schedules depend on the number of steps
+    free = (*_FREE_TO_CHANGE, "train.steps") if constant else _FREE_TO_CHANGE
+    changed = [key for key in now if now[key] != then[key] and not key.startswith(free)]
+    raise_all([
+        InputError(repr(then[key]), repr(now[key]), file=file, field=key, hint="a resumed run keeps its config")
+        for key in changed
+    ])  # fmt: skip
+
+
+def _flat(config: Config) -> dict[str, object]:
+    return {f"{s}.{k}": v for s, keys in config.model_dump(mode="json").items() for k, v in keys.items()}
+
+
+def _read(split: str, config: Config) -> list[Example]:
+    path = getattr(config.data, split)
+    if path is None:
+        raise InputError("a JSONL file of rows", "nothing", field=f"data.{split}")
+    return read_examples(path, config.data, held_out=split != "train")
+
+
+def _check_rows(rows: list[Example], config: Config) -> None:
+    """Rows must carry what the objective and the teacher's view will read."""
+    objective, needed = config.objective, {}
+    if objective.kind == "sft":
+        needed["answer"] = "an answer to learn (objective.kind is sft)"
+    uses_reward = objective.kind == "reward" or objective.alpha > 0
+    if uses_reward and config.rewards.accuracy:
+        needed["label"] = "a label to reward (rewards.accuracy is not 0)"
+    if objective.kind == "distill" and config.prompts.privilege != "none":
+        needed[config.prompts.privilege] = f"a {config.prompts.privilege} (prompts.privilege)"
+    raise_all([
+        InputError(expected, "nothing", file=row.file, line=row.line, field=field)
+        for row in rows
+        for field, expected in needed.items()
+        if getattr(row, field) is None
+    ])  # fmt: skip
+
+
+def _weights(config: Config, last: Checkpoint | None) -> tuple:
+    """Arguments of `load_model`: the weights of the checkpoint where there is one."""
+    if last is None:
+        return config.model, config.train.seed
+    if config.model.adapter == "lora":
+        return config.model, config.train.seed, last.path
+    return config.model.model_copy(update={"path": os.fspath(last.path)}), config.train.seed

@@ -1,0 +1,164 @@
+"""The parts of one step: sample a group, let the teacher score it, form the student's loss.
+
+Every sum over tokens carries the weight 1 / (T_i * responses of the step), so micro-batches add up to the mean per
+response, then over responses, whatever their size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsd.data import Example
+from opsd.engine import Responses, response_hidden
+from opsd.log import PHASES, peak_memory_mib
+from opsd.objectives.distill import distill_loss
+from opsd.objectives.logprobs import token_logprobs
+from opsd.objectives.reward import group_normalised, reward_loss
+from opsd.objectives.sft import sft_loss
+from opsd.prompts import Prompt
+from opsd.rewards import accuracy, reward, well_formed
+from opsd.rollout import Sampling, decode, rollout
+from opsd.run import Run
+from opsd.teacher import score
+
+
+@dataclass(frozen=True)
+class Group:
+    """B rows, the prompt the student answers, and G responses each."""
+
+    examples: list[Example]
+    prompts: list[Prompt]
+    responses: Responses
+    texts: list[str]  # B*G decoded responses
+
+
+class Sums:
+    """Sums of one step over its micro-batches; they stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self._sums.items()}
+
+
+def sample(run: Run, rows: list[tuple[int, Example]], step: int) -> Group:
+    """G responses per row from the student's own view; for `sft`, the rows' own answers instead."""
+    examples = [example for _, example in rows]
+    if run.config.objective.kind == "sft":
+        return _gold(run, rows, step)
+    prompts = [run.prompts.student(example) for example in examples]
+    seeds = [run.seed(step, place, "rollout") for place, _ in rows]
+    responses = rollout(run.model, prompts, Sampling.of(run.config.rollout), seeds)
+    return Group(examples, prompts, responses, decode(run.model.tokenizer, responses))
+
+
+def teach(run: Run, group: Group) -> tuple[Tensor, Tensor | None] | None:
+    """The teacher's hidden states of the same tokens under its own prompts, and its head; None without a teacher."""
+    if run.config.objective.kind != "distill":
+        return None
+    prompts = [run.prompts.teacher(example) for example in group.examples]
+    return score(run.teacher, run.model, prompts, group.responses, run.config.engine.share_prefix)
+
+
+def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, sums: Sums) -> Tensor:
+    """The loss of one micro-batch, ready for backward."""
+    objective, responses = run.config.objective, group.responses
+    weights = responses.token_weights / _responses_per_step(run)
+    with run.model.mode(train=True):
+        hidden = response_hidden(run.model, group.prompts, responses, run.config.engine.share_prefix)
+    head = run.model.head
+    if objective.kind == "distill":
+        assert target is not None
+        loss, token_sums = distill_loss(hidden, head, *target, weights, objective)
+        sums.add(**token_sums)
+        if objective.alpha > 0:  # a branch: alpha = 0 is pure distillation to the bit
+            loss = loss + objective.alpha * _reward_term(run, group, hidden, weights, normalise=False)
+    elif objective.kind == "reward":
+        loss = _reward_term(run, group, hidden, weights, normalise=True)
+    else:
+        loss = sft_loss(token_logprobs(hidden, head, responses.packed_tokens, objective.workspace_mib), weights)
+    sums.add(loss=loss.detach(), tokens=sum(responses.lengths), responses=len(responses.lengths), **_scores(group, run))
+    return loss
+
+
+def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
+    """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
+
+    Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens).
+    Speeds are response tokens per second of a phase. This is the one place where the host waits for the device.
+    """
+    config = run.config.log
+    if step % config.every and step != run.config.train.steps:
+        return
+    values, seconds = sums.read(), run.clock.read()
+    tokens, responses = values.pop("tokens"), values.pop("responses")
+    record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
+    for name in ("grad_norm", "lr"):
+        record[name] = values.pop(name)
+    per_token = ("divergence", "student_entropy", "teacher_entropy")
+    record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
+    steps = step - run.logged
+    record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in PHASES if seconds.get(p, 0) > 1e-4}
+    record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
+    run.logged = step
+    run.directory.append("metrics", record)
+    run.progress.step(record)
+    if config.samples_every and (step % config.samples_every == 0 or step == 1):
+        _log_samples(run, step, group)
+
+
+def _log_samples(run: Run, step: int, group: Group) -> None:
+    owners = [example for example in group.examples for _ in range(group.responses.per_prompt)]
+    for example, text in list(zip(owners, group.texts, strict=True))[: run.config.log.samples]:
+        run.directory.append("samples", {"step": step, "id": example.id, "label": example.label, "response": text})
+
+
+def _gold(run: Run, rows: list[tuple[int, Example]], step: int) -> Group:
+    fraction = run.config.objective.teacher_view_fraction
+    prompts, tokens = [], []
+    for place, example in rows:
+        privileged = run.seed(step, place, "view") / 2**56 < fraction
+        prompts.append(run.prompts.teacher(example) if privileged else run.prompts.student(example))
+        answer = run.model.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        tokens.append([*answer, run.model.end_ids[0]])
+    examples = [example for _, example in rows]
+    responses = Responses.pack(tokens, 1, run.model.pad_id, run.model.device)
+    return Group(examples, prompts, responses, [str(example.answer) for example in examples])
+
+
+def _reward_term(run: Run, group: Group, hidden: Tensor, weights: Tensor, normalise: bool) -> Tensor:
+    owners = [example for example in group.examples for _ in range(group.responses.per_prompt)]
+    values = [reward(text, owner, run.config.rewards) for text, owner in zip(group.texts, owners, strict=True)]
+    advantages = torch.tensor(values, device=hidden.device)
+    if normalise:
+        advantages = group_normalised(advantages, group.responses.per_prompt)
+    tokens, mib = group.responses.packed_tokens, run.config.objective.workspace_mib
+    logprobs = token_logprobs(hidden, run.model.head, tokens, mib)
+    return reward_loss(logprobs, advantages, group.responses.lengths, weights)
+
+
+def _scores(group: Group, run: Run) -> dict[str, float]:
+    """Sums over responses of what the sampled answers are worth; none for gold answers."""
+    if run.config.objective.kind == "sft":
+        return {}
+    owners = [example for example in group.examples for _ in range(group.responses.per_prompt)]
+    ended = set(run.model.end_ids)
+    rows = zip(group.responses.tokens.tolist(), group.responses.lengths, strict=True)
+    return {
+        "accuracy": sum(accuracy(text, owner.label) for text, owner in zip(group.texts, owners, strict=True)),
+        "format": sum(well_formed(text) for text in group.texts),
+        "truncated": sum(tokens[length - 1] not in ended for tokens, length in rows),
+    }
+
+
+def _responses_per_step(run: Run) -> int:
+    per_prompt = 1 if run.config.objective.kind == "sft" else run.config.rollout.group_size
+    return run.config.train.prompts_per_step * per_prompt

@@ -1,0 +1,169 @@
+"""The teacher: the same model, seeing more. Three kinds, one interface.
+
+`frozen`  the starting weights (adapter off, or a copy of the trained parameters taken at the start)
+`ema`     theta_T <- mu theta_T + (1 - mu) theta after every update, in fp32   (OmniOPSD, arXiv 2606.15920)
+`live`    the student itself, gradients stopped
+
+After n updates an EMA teacher still is mu^n its start (90.5 % after 100 updates at mu = 0.999): choose mu for the
+length of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from opsd.config import TeacherConfig
+from opsd.engine import Responses, response_hidden
+from opsd.model import LanguageModel
+from opsd.prompts import Prompt
+
+
+class Teacher(Protocol):
+    """Whose weights the model wears while it scores."""
+
+    def weights(self) -> Any:
+        """Context manager: inside, the model runs with the teacher's weights."""
+
+    def update(self) -> None:
+        """Follow the student, after an optimizer step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name; empty where the student's checkpoint says it all."""
+
+
+def score(
+    teacher: Teacher, model: LanguageModel, prompts: list[Prompt], responses: Responses, share_prefix: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Teacher hidden states (N, E) of the response tokens under the teacher's prompts, and its head.
+
+    The head is None where it is the student's own tensor: the loss then uses the difference of the hidden states.
+    """
+    student_storage = model.head.data_ptr()
+    with torch.no_grad(), model.mode(train=False), teacher.weights():
+        hidden = response_hidden(model, prompts, responses, share_prefix)
+        # Outside the context the parameter points at the student's storage again; this detached view does not.
+        head = model.head.detach()
+    return hidden, None if head.data_ptr() == student_storage else head
+
+
+def build_teacher(config: TeacherConfig, model: LanguageModel) -> Teacher:
+    """The teacher of the config; it must be built before the first update."""
+    if config.kind == "live":
+        return LiveTeacher()
+    if not model.has_adapter:
+        return ShadowTeacher(model.trainable(), None if config.kind == "frozen" else config.mu)
+    if config.kind == "frozen":
+        return AdapterOffTeacher(model.module)
+    if config.lora_average == "dense":
+        return DenseAverageTeacher(model.module, config.mu)
+    if config.lora_average == "freeze_a":  # with A fixed, averaging B averages delta-W exactly
+        for name, parameter in model.module.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    return ShadowTeacher(model.trainable(), config.mu)
+
+
+class LiveTeacher:
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        yield
+
+    def update(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+
+class AdapterOffTeacher:
+    """The base model under the adapter: nothing to store, nothing to update."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        with self.module.disable_adapter():
+            yield
+
+    def update(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+
+class ShadowTeacher:
+    """fp32 copies of the trained parameters: fixed (mu None) or their moving average.
+
+    With an adapter and both factors trained this averages A and B apart, which is not the average of A B: the
+    named approximation `teacher.lora_average: factors`.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], mu: float | None):
+        self.parameters, self.mu = parameters, mu
+        self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        own = {name: p.data for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            p.data = self.shadow[name].to(p.dtype)  # same dtype: a pointer, not a copy
+        try:
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.data = own[name]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.mu is not None:
+            shadows = list(self.shadow.values())
+            students = [p.detach().float() for p in self.parameters.values()]
+            torch._foreach_lerp_(shadows, students, 1.0 - self.mu)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.shadow
+
+
+class DenseAverageTeacher:
+    """The exact moving average of delta-W = s B A, one dense fp32 matrix per adapted layer.
+
+    An average of low-rank updates has a higher rank than the adapter, so factors cannot hold it.
+    """
+
+    def __init__(self, module: Any, mu: float):
+        self.module, self.mu = module, mu
+        self.layers = {
+            name: layer
+            for name, layer in module.named_modules()
+            if hasattr(layer, "get_delta_weight") and getattr(layer, "lora_A", None)
+        }
+        self.average = {name: self._delta(layer) for name, layer in self.layers.items()}
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        own = {name: layer.get_base_layer().weight.data for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.get_base_layer().weight.data = (own[name].float() + self.average[name]).to(own[name].dtype)
+        try:
+            with self.module.disable_adapter():
+                yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.get_base_layer().weight.data = own[name]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, layer in self.layers.items():
+            self.average[name].lerp_(self._delta(layer), 1.0 - self.mu)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.average
+
+    @staticmethod
+    def _delta(layer: Any) -> Tensor:
+        return layer.get_delta_weight("default").detach().float().clone()

@@ -1,0 +1,97 @@
+"""`python -m opsd.train [config.yaml] [section.key=value ...]`: on-policy self-distillation, start to finish.
+
+The whole flow is `train`, one call per step of it:
+
+    rows -> two prompts -> rollout (student view) -> teacher scores (teacher view) -> student (student view)
+         -> objective -> clip, AdamW, teacher update -> log, evaluate, checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from opsd.ablations import ABLATIONS
+from opsd.checkpoint import save
+from opsd.cli import guard, parser, split_words
+from opsd.config import Config, load_config
+from opsd.errors import InputError
+from opsd.evaluate import measure
+from opsd.report import write_report
+from opsd.run import Run, next_run_dir, open_run, with_run_dir
+from opsd.step import Sums, learn, log_step, sample, teach
+
+
+def train(config: Config, resume: bool = False) -> Run:
+    """Train, and return the finished run. Everything a step draws is a function of (seed, step)."""
+    with open_run(config, resume) as run:
+        if run.start == 0:
+            measure(run, step=0)
+        for step in range(run.start, config.train.steps):
+            torch.manual_seed(run.seed(step, 0, "dropout"))
+            sums = Sums()
+            for rows in run.passes(step):
+                with run.clock.phase("rollout"):
+                    group = sample(run, rows, step)
+                with run.clock.phase("teacher"):
+                    target = teach(run, group)
+                with run.clock.phase("student"):
+                    loss = learn(run, group, target, sums)
+                    loss.backward()
+            with run.clock.phase("student"):
+                sums.add(**run.optimizer.step(step))
+                run.teacher.update()
+
+            log_step(run, step + 1, sums, group)
+            if due(step + 1, config.evaluate.every, config.train.steps):
+                measure(run, step + 1)
+            if due(step + 1, config.checkpoint.every, config.train.steps):
+                save(run.directory.checkpoints, step + 1, run.model, run.optimizer, run.teacher, config.checkpoint.keep)
+    write_report(run.directory)
+    return run
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """At multiples of `every`, and always after the last step."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def run(args: argparse.Namespace) -> None:
+    file, words = split_words(args.words)
+    words += ABLATIONS[args.ablation] if args.ablation else []
+    if args.resume is not None:
+        config = _resumed(args.resume, file, words)
+    elif file is None:
+        from opsd.affect.embedded import prepare  # builds data and a cold-started model where they are not cached
+
+        config = prepare(words)
+    else:
+        config = load_config(file, words)
+    if config.train.run_dir is None:
+        name = (file.stem if file else "embedded") + (f"-{args.ablation}" if args.ablation else "")
+        config = with_run_dir(config, next_run_dir(name))
+    train(config, resume=args.resume is not None)
+
+
+def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
+    """The config of an interrupted run: its own, or a given file that must say the same."""
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        raise InputError("a run directory with config.yaml", "none", file=run_dir, field="--resume")
+    return with_run_dir(load_config(file or saved, words), run_dir.absolute())
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = parser(
+        "python -m opsd.train", "On-policy self-distillation. Without a config file: the embedded multimodal job."
+    )
+    made.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder")
+    made.add_argument("--ablation", choices=sorted(ABLATIONS), help="a comparison of the paper on the same budget")
+    return guard(run, made, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,9 +36,9 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
         with av.open(str(path)) as container:
             if not container.streams.audio:
                 raise InputError("a file with sound", "no audio stream", file=path)
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=sampling_rate)
+            resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
             pieces = [
-                piece.to_ndarray().reshape(-1)
+                piece.to_ndarray().mean(axis=0)  # of (channels, samples): FFmpeg's own downmix is louder
                 for frame in (*container.decode(container.streams.audio[0]), None)  # None flushes the resampler
                 for piece in resampler.resample(frame)
             ]

@@ -192,7 +192,7 @@ class TrainConfig(Section):
     steps: int = Field(100, ge=0, description="Optimizer updates.")
     prompts_per_step: int = Field(8, ge=1, description="Prompts per update, over all micro-batches.")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
-    run_dir: Local = Field(Path("runs/latest"), description="Folder for everything the run writes.")
+    run_dir: Local | None = Field(None, description="Folder of the run; null takes the next free runs/<name>-NNN.")
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice.")
 
 
@@ -212,7 +212,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
     def _across(self) -> Config:

@@ -1,0 +1,174 @@
+"""Objectives against their formulas, and what the papers' definitions imply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jobs import text_job
+from opsd.objectives.distill import distill_loss
+from opsd.objectives.logprobs import token_logprobs
+from opsd.objectives.reward import group_normalised, reward_loss
+from opsd.objectives.sft import sft_loss
+from opsd.run import open_run
+from opsd.sections import ObjectiveConfig
+from opsd.step import Sums, learn, sample, teach
+from opsd.teacher import score
+
+
+def gradients(run, loss):
+    run.model.module.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in run.model.trainable().items() if p.grad is not None}
+
+
+@pytest.fixture
+def opened(tmp_path):
+    def make(*words):
+        return open_run(text_job(tmp_path, *words))
+
+    return make
+
+
+def dense_jsd(hs, ht, w_s, w_t, beta=0.5):
+    log_p, log_q = (hs @ w_s.T).double().log_softmax(-1), (ht @ w_t.T).double().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((1 - beta) * p + beta * q).log()
+    return beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * (p * (log_p - log_m)).sum(-1)
+
+
+def test_distillation_is_the_mean_per_response_then_over_responses():
+    torch.manual_seed(0)
+    hs, ht, w = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8), torch.randn(11, 8)
+    lengths = torch.tensor([2, 5])
+    weights = (1.0 / lengths / 2).repeat_interleave(lengths)
+    loss, sums = distill_loss(hs, w, ht, None, weights, ObjectiveConfig(backend="torch"))
+    per_token = dense_jsd(hs.detach(), ht, w, w)
+    assert loss.item() == pytest.approx(((per_token[:2].mean() + per_token[2:].mean()) / 2).item(), rel=1e-5)
+    assert sums["divergence"].item() == pytest.approx(per_token.sum().item(), rel=1e-5)
+    entropy = -(torch.softmax(ht @ w.T, -1) * torch.log_softmax(ht @ w.T, -1)).sum()
+    assert sums["teacher_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
+
+
+def test_same_prompts_and_weights_give_zero_loss_and_zero_gradient(opened):
+    with opened("prompts.privilege=none", "teacher.kind=frozen", "train.prompts_per_step=2") as run:
+        rows = next(run.passes(0))
+        group = sample(run, rows, 0)
+        loss = learn(run, group, teach(run, group), Sums())
+        grads = gradients(run, loss)
+        assert loss.item() == 0.0
+        assert max(g.abs().max().item() for g in grads.values()) == 0.0
+
+
+def test_micro_batches_add_up(opened, tmp_path):
+    """Two passes of two prompts have the loss and gradient of one pass of four."""
+    totals = []
+    for width in (2, 4):
+        with open_run(text_job(tmp_path, f"engine.prompts_per_pass={width}", f"train.run_dir={tmp_path / str(width)}")) as run:
+            run.model.module.zero_grad()
+            sums = Sums()
+            for rows in run.passes(0):
+                group = sample(run, rows, 0)
+                learn(run, group, teach(run, group), sums).backward()
+            grads = {n: p.grad.clone() for n, p in run.model.trainable().items()}
+            totals.append((sums.read(), grads))
+    (a, grads_a), (b, grads_b) = totals
+    assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["loss"] > 1e-4
+    for name, grad in grads_b.items():
+        torch.testing.assert_close(grads_a[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_teacher_scores_the_same_tokens_though_its_prompt_is_longer(opened):
+    with opened("train.prompts_per_step=2") as run:
+        rows = next(run.passes(0))
+        group = sample(run, rows, 0)
+        hidden, _ = teach(run, group)
+        teacher_prompts = [run.prompts.teacher(e) for _, e in rows]
+        assert all(t.length > s.length for t, s in zip(teacher_prompts, group.prompts, strict=True))
+        at = 0
+        for i, length in enumerate(group.responses.lengths):
+            prompt = teacher_prompts[i // group.responses.per_prompt]
+            whole = torch.cat([prompt.inputs["input_ids"][0], group.responses.tokens[i, :length]])[None]
+            logits = run.model.module(input_ids=whole).logits[0, prompt.length - 1 : -1]
+            torch.testing.assert_close(hidden[at : at + length] @ run.model.head.T, logits, rtol=1e-4, atol=1e-4)
+            at += length
+
+
+def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(opened, tmp_path):
+    losses = {}
+    for alpha in (0.0, 0.2):
+        with open_run(text_job(tmp_path, f"objective.alpha={alpha}", f"train.run_dir={tmp_path / f'a{alpha}'}")) as run:
+            group = sample(run, next(run.passes(0)), 0)
+            target = teach(run, group)
+            texts = ["<think> low </think> <answer> sad </answer>"] * len(group.texts)
+            group = type(group)(group.examples, group.prompts, group.responses, texts)
+            losses[alpha] = learn(run, group, target, Sums()).item()
+    with open_run(text_job(tmp_path, f"train.run_dir={tmp_path / 'x'}")) as run:
+        group = sample(run, next(run.passes(0)), 0)
+        hidden = run.model.forward  # noqa: F841 - the model is opened for its head and tokens only
+        from opsd.engine import response_hidden
+
+        states = response_hidden(run.model, group.prompts, group.responses)
+        logprobs = token_logprobs(states, run.model.head, group.responses.packed_tokens)
+        owners = [e for e in group.examples for _ in range(3)]
+        rewards = torch.tensor([1.0 + float(e.label == "sad") for e in owners])  # format, and accuracy where sad is right
+        weights = group.responses.token_weights / 12  # 4 prompts x 3 responses a step
+        term = reward_loss(logprobs, rewards, group.responses.lengths, weights).item()
+    assert losses[0.2] - losses[0.0] == pytest.approx(0.2 * term, rel=1e-4)
+    assert abs(term) > 1e-3
+
+
+def test_reward_gradient_is_minus_reward_times_grad_of_the_mean_logprob():
+    torch.manual_seed(0)
+    logprobs = torch.randn(5, requires_grad=True)
+    lengths = torch.tensor([2, 3])
+    loss = reward_loss(logprobs, torch.tensor([2.0, -1.0]), [2, 3], (1.0 / lengths / 2).repeat_interleave(lengths))
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([-0.5, -0.5, 1 / 6, 1 / 6, 1 / 6])
+
+
+def test_group_normalised_advantages():
+    out = group_normalised(torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0]), 4)
+    assert out[:4].tolist() == pytest.approx([1, -1, 1, -1], abs=1e-3)
+    assert out[4:].tolist() == [0, 0, 0, 0]
+    assert group_normalised(torch.tensor([3.0]), 1).tolist() == [0.0]
+
+
+def test_sft_loss_is_the_mean_negative_logprob_of_the_rows_answers(opened):
+    with opened("objective.kind=sft", "train.prompts_per_step=2") as run:
+        rows = next(run.passes(0))
+        group = sample(run, rows, 0)
+        loss = learn(run, group, None, Sums()).item()
+        want = 0.0
+        for prompt, (_, example) in zip(group.prompts, rows, strict=True):
+            tokens = torch.tensor([*run.model.tokenizer(example.answer)["input_ids"], run.model.end_ids[0]])
+            whole = torch.cat([prompt.inputs["input_ids"][0], tokens])[None]
+            log_p = run.model.module(input_ids=whole).logits[0, prompt.length - 1 : -1].log_softmax(-1)
+            want -= log_p[torch.arange(len(tokens)), tokens].mean().item() / 2
+        assert loss == pytest.approx(want, rel=1e-5)
+        assert sft_loss(torch.tensor([-2.0]), torch.tensor([1.0])).item() == 2.0
+
+
+def test_teacher_view_fraction_of_sft(opened, tmp_path):
+    counts = []
+    for fraction in (0.0, 0.5, 1.0):
+        words = ["objective.kind=sft", f"objective.teacher_view_fraction={fraction}", f"train.run_dir={tmp_path / str(fraction)}"]
+        with open_run(text_job(tmp_path, *words)) as run:
+            lengths = [
+                (p.length, run.prompts.teacher(e).length)
+                for step in range(20)
+                for rows in run.passes(step)
+                for p, (_, e) in zip(sample(run, rows, step).prompts, rows, strict=True)
+            ]
+            counts.append(sum(got == teacher for got, teacher in lengths) / len(lengths))
+    assert counts[0] == 0 and counts[2] == 1 and 0.3 < counts[1] < 0.7
+
+
+def test_score_does_not_depend_on_sharing(opened):
+    with opened() as run:
+        group = sample(run, next(run.passes(0)), 0)
+        prompts = [run.prompts.teacher(e) for e in group.examples]
+        a, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=True)
+        b, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=False)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,103 @@
+"""Sampling: greedy equals generate, frequencies pass chi-square, seeds do not depend on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jobs import text_job
+from opsd.data import read_examples
+from opsd.model import load_model
+from opsd.objectives.logprobs import token_logprobs
+from opsd.prompts import PromptBuilder
+from opsd.rollout import Sampling, choose, decode, rollout
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    config = text_job(tmp_path_factory.mktemp("rollout"))
+    model = load_model(config.model)
+    builder = PromptBuilder(model.processor, config.prompts, config.media)
+    return model, [builder.student(e) for e in read_examples(config.data.train, config.data)]
+
+
+def test_greedy_equals_generate_token_for_token(setting):
+    model, prompts = setting
+    ours = rollout(model, prompts, Sampling.greedy(12), [0] * len(prompts))
+    for prompt, tokens, length in zip(prompts, ours.tokens, ours.lengths, strict=True):
+        out = model.module.generate(
+            **prompt.inputs, max_new_tokens=12, do_sample=False, suppress_tokens=model.suppressed_ids
+        )
+        assert tokens[:length].tolist() == out[0, prompt.length :].tolist()
+
+
+def test_a_response_depends_on_its_seed_and_not_on_the_batch(setting):
+    model, prompts = setting
+    together = rollout(model, prompts[:4], Sampling(3, 8), [5, 6, 7, 8])
+    alone = rollout(model, prompts[2:3], Sampling(3, 8), [7])
+    for g in range(3):
+        n = alone.lengths[g]
+        assert together.lengths[6 + g] == n
+        assert together.tokens[6 + g, :n].tolist() == alone.tokens[g, :n].tolist()
+    assert rollout(model, prompts[2:3], Sampling(3, 8), [9]).tokens.tolist() != alone.tokens.tolist()
+
+
+def test_special_ids_and_padded_vocabulary_are_never_sampled(setting):
+    model, prompts = setting
+    assert set(model.suppressed_ids) == {0, 1, 3, *range(len(model.tokenizer), model.head.shape[0])}
+    out = rollout(model, prompts, Sampling(16, 8, temperature=5.0), list(range(len(prompts))))
+    sampled = out.packed_tokens
+    assert not torch.isin(sampled, torch.tensor(model.suppressed_ids)).any()
+
+
+def test_responses_end_with_the_end_token_or_at_the_limit(setting):
+    model, prompts = setting
+    out = rollout(model, prompts, Sampling(8, 6), list(range(len(prompts))))
+    end = model.end_ids[0]
+    assert len(set(out.lengths)) > 1
+    for tokens, n in zip(out.tokens.tolist(), out.lengths, strict=True):
+        assert (tokens[n - 1] == end) or n == 6
+        assert end not in tokens[: n - 1]
+        assert all(t == model.pad_id for t in tokens[n:])
+    assert all("<end>" not in text for text in decode(model.tokenizer, out))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1, 1), Sampling(1, 1, temperature=0.5), Sampling(1, 1, top_k=3), Sampling(1, 1, top_p=0.6)],
+    ids=["plain", "temperature", "top_k", "top_p"],
+)
+def test_sampled_frequencies_pass_chi_square(sampling):
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    probability = (logits / sampling.temperature).softmax(0)
+    if sampling.top_k:
+        probability[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        before = probability.cumsum(0) - probability
+        probability[before >= sampling.top_p] = 0
+    probability = probability / probability.sum()
+    n = 20000
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = choose(logits.expand(n, -1), uniform, sampling).bincount(minlength=6).double()
+    kept = probability > 0
+    assert counts[~kept].sum() == 0
+    statistic = ((counts - n * probability)[kept] ** 2 / (n * probability[kept])).sum().item()
+    assert statistic < 20.5  # 0.1 % point of chi-square with 5 degrees of freedom
+
+
+def test_extreme_uniforms_stay_inside_the_vocabulary():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).repeat(2, 1)
+    uniform = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
+    assert choose(logits, uniform, Sampling(1, 1)).tolist() == [0, 2]
+
+
+def test_token_logprobs_equal_log_softmax_at_any_chunk(setting):
+    model, _ = setting
+    torch.manual_seed(0)
+    hidden, tokens = torch.randn(9, 32, requires_grad=True), torch.randint(0, 20, (9,))
+    dense = (hidden @ model.head.T).log_softmax(-1)[torch.arange(9), tokens]
+    (want,) = torch.autograd.grad(dense.sum(), hidden)
+    chunked = token_logprobs(hidden, model.head, tokens, workspace_mib=1)
+    (got,) = torch.autograd.grad(chunked.sum(), hidden)
+    torch.testing.assert_close(chunked, dense)
+    torch.testing.assert_close(got, want)

@@ -1,0 +1,72 @@
+// C ABI, choice of the instruction set, and threads. Row kernels are in row.cpp.
+// Threads are started per call: a second OpenMP runtime beside torch's would spin against it between GEMMs, and
+// starting a thread costs microseconds where a chunk of rows takes milliseconds.
+#include "rows.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace {
+
+struct Variant {
+    const char* name;
+    RowFunction row;
+};
+
+Variant choose() {
+#if defined(OPSD_X86_VARIANTS)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return {"avx512", avx512::row};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::row};
+#endif
+    return {"generic", generic::row};
+}
+
+Variant variant_named(const char* name) {
+    const Variant best = choose();
+    if (name == nullptr) return best;
+#if defined(OPSD_X86_VARIANTS)
+    if (name[0] == 'a' && name[3] == '2' && best.row != generic::row) return {"avx2", avx2::row};
+#endif
+    return name[0] == 'g' ? Variant{"generic", generic::row} : best;
+}
+
+Variant current = variant_named(nullptr);
+
+}  // namespace
+
+OPSD_EXPORT int opsd_rows_abi() { return 1; }
+
+OPSD_EXPORT const char* opsd_rows_isa() { return current.name; }
+
+// Selects a lesser instruction set for tests ("avx2", "generic"); null or anything else: the best one.
+OPSD_EXPORT void opsd_rows_use_isa(const char* name) { current = variant_named(name); }
+
+OPSD_EXPORT void opsd_rows_run(
+    float* z_s, float* z_t, int64_t rows, int64_t vocab, int64_t stride_s, int64_t stride_t,
+    int is_delta, int kind, float beta, float inverse_temperature,
+    const float* scale, float* grad, int64_t stride_grad,
+    float* value, float* student_entropy, float* teacher_entropy, int threads) {
+    const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature};
+    const RowFunction row = current.row;
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t i; (i = next.fetch_add(1)) < rows;) {
+            float* target = grad == nullptr ? nullptr : grad + i * stride_grad;
+            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, scale[i], target);
+            value[i] = r.value;
+            student_entropy[i] = r.student_entropy;
+            teacher_entropy[i] = r.teacher_entropy;
+        }
+    };
+    const int64_t useful = std::max<int64_t>(1, rows * vocab / (1 << 16));  // a thread per 64k elements at most
+    const int helpers = static_cast<int>(std::min<int64_t>({threads, rows, useful})) - 1;
+    std::vector<std::thread> pool;
+    for (int i = 0; i < helpers; ++i) pool.emplace_back(work);
+    work();
+    for (auto& thread : pool) thread.join();
+}

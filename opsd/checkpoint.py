@@ -120,4 +120,6 @@ def _point(link: Path, target: Path) -> None:
     temporary = link.with_name(".last.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
+    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
+        shutil.rmtree(link)
     os.replace(temporary, link)

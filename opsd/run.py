@@ -21,6 +21,7 @@ from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.media import verify_media
 from opsd.model import LanguageModel, load_model
 from opsd.optim import Optimizer
+from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 
@@ -34,7 +35,7 @@ class Run:
     directory: RunDir
     train: list[Example]
     held_out: dict[str, list[Example]]  # "test", "validation"
-    prompts: PromptBuilder
+    prompts: PromptCache
     model: LanguageModel
     teacher: Teacher
     optimizer: Optimizer
@@ -71,7 +72,8 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
         verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
 
     model = load_model(*_weights(config, last))
-    prompts = PromptBuilder(model.processor, config.prompts, config.media)
+    prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
+    _check_prompts(prompts, train, held_out, config)
     distils = config.objective.kind == "distill"
     teacher = build_teacher(config.teacher, model) if distils else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps)
@@ -158,6 +160,20 @@ def _check_rows(rows: list[Example], config: Config) -> None:
         for field, expected in needed.items()
         if getattr(row, field) is None
     ])  # fmt: skip
+
+
+def _check_prompts(prompts: PromptCache, train: list[Example], held_out: dict[str, list[Example]], config: Config) -> None:
+    """Build every prompt once, so that none is found too long hours into the run; what fits stays in the cache."""
+    privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
+    problems = []
+    for example in [*train, *(row for rows in held_out.values() for row in rows)]:
+        try:
+            prompts.student(example)
+            if privileged and example.file == config.data.train:
+                prompts.teacher(example)
+        except InputError as error:
+            problems.append(error)
+    raise_all(problems)
 
 
 def _weights(config: Config, last: Checkpoint | None) -> tuple:

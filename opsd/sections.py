@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 TEACHER_TEMPLATE = (
@@ -29,7 +37,9 @@ def _number(value: Any) -> Any:
 
 def _refuse(field: str, expected: str, found: object) -> PydanticCustomError:
     """The error of a check; `opsd.config` adds file and line. `field` is the key within the section."""
-    return PydanticCustomError("check", "{expected}", {"field": field, "expected": expected, "found": repr(found)})
+    return PydanticCustomError(
+        "check", "{expected}", {"field": field, "expected": expected, "found": repr(found)}
+    )
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -38,7 +48,7 @@ Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: path.ex
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, values are never coerced in silence, and a section does not change once read."""
+    """Unknown keys are errors, no value is coerced in silence, and a section does not change once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
@@ -65,7 +75,9 @@ class PromptsConfig(Section):
     subtitle_template: str | None = Field(
         'Subtitle: "{subtitle}"', description="Text for a row's subtitle; null leaves subtitles out."
     )
-    teacher_template: str = Field(TEACHER_TEMPLATE, description="Text of the teacher's view with {rationale} in it.")
+    teacher_template: str = Field(
+        TEACHER_TEMPLATE, description="Text of the teacher's view with {rationale} in it."
+    )
     label_template: str = Field(
         "The correct answer is: {label}\nReason in your own words, then answer.",
         description="Text of the teacher's view when privilege is label.",
@@ -73,7 +85,13 @@ class PromptsConfig(Section):
     privilege: Literal["rationale", "label", "none"] = Field(
         "rationale", description="What the teacher sees that the student does not."
     )
-    max_prompt_tokens: int = Field(24576, ge=1, description="Longer prompts are an error, never truncated (tokens).")
+    max_prompt_tokens: int = Field(
+        24576, ge=1, description="Longer prompts are an error, never truncated (tokens)."
+    )
+
+    cache_mib: int = Field(
+        512, ge=0, description="Host memory for rendered prompts and their media (MiB); 0 keeps none."
+    )
 
     @model_validator(mode="after")
     def _slots(self) -> PromptsConfig:
@@ -101,14 +119,18 @@ class ModelConfig(Section):
     lora_r: int = Field(16, ge=1, description="Rank of the adapter.")
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapter times its rank.")
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    lora_targets: Literal["all-linear"] | Texts = Field("all-linear", description="Modules that get an adapter.")
+    lora_targets: Literal["all-linear"] | Texts = Field(
+        "all-linear", description="Modules that get an adapter."
+    )
     freeze: Texts = Field((), description="Name prefixes of modules that stay as they are.")
     attention: str = Field("sdpa", description="Attention implementation: sdpa, eager, ...")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
 class EngineConfig(Section):
-    share_prefix: bool = Field(True, description="Compute a prompt once for its G responses; false is the plain twin.")
+    share_prefix: bool = Field(
+        True, description="Compute a prompt once for its G responses; false is the plain twin."
+    )
     prompts_per_pass: int = Field(8, ge=1, description="Micro-batch: prompts per forward pass.")
 
 
@@ -121,10 +143,15 @@ class RolloutConfig(Section):
 
 
 class TeacherConfig(Section):
-    kind: Literal["ema", "frozen", "live"] = Field("ema", description="Averaged, initial, or current student.")
-    mu: Float = Field(0.999, ge=0, lt=1, description="EMA decay per step: mu^n of the start is left after n steps.")
+    kind: Literal["ema", "frozen", "live"] = Field(
+        "ema", description="Averaged, initial, or current student."
+    )
+    mu: Float = Field(
+        0.999, ge=0, lt=1, description="EMA decay per step: mu^n of the start is left after n steps."
+    )
     lora_average: Literal["dense", "freeze_a", "factors"] = Field(
-        "dense", description="EMA of an adapter: exact dense, exact with A frozen, or of A and B apart (approximate)."
+        "dense",
+        description="EMA of an adapter: exact dense, exact with A frozen, or of A and B apart (approximate).",
     )
 
 
@@ -133,17 +160,25 @@ class ObjectiveConfig(Section):
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field("jsd", description="Per-token divergence.")
     beta: Float = Field(0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
     temperature: Float = Field(1.0, gt=0, description="Temperature of both distributions.")
-    alpha: Float = Field(0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out.")
+    alpha: Float = Field(
+        0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
+    )
     workspace_mib: int = Field(256, ge=1, description="Memory for logits of one chunk (MiB).")
-    backend: Literal["auto", "triton", "native", "torch"] = Field("auto", description="Row kernels of the loss.")
-    teacher_view_fraction: Float = Field(0.0, ge=0, le=1, description="sft: share of rows seen with privilege.")
+    backend: Literal["auto", "triton", "native", "torch"] = Field(
+        "auto", description="Row kernels of the loss."
+    )
+    teacher_view_fraction: Float = Field(
+        0.0, ge=0, le=1, description="sft: share of rows seen with privilege."
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> ObjectiveConfig:
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise _refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
         if self.teacher_view_fraction and self.kind != "sft":
-            raise _refuse("teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction)
+            raise _refuse(
+                "teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction
+            )
         return self
 
 
@@ -154,12 +189,23 @@ class RewardsConfig(Section):
 
 class OptimConfig(Section):
     lr: Float = Field(1e-6, ge=0, description="Peak learning rate of AdamW.")
-    betas: Annotated[tuple[Float, Float], Field(strict=False)] = Field((0.9, 0.999), description="AdamW decays.")
+    betas: Annotated[tuple[Float, Float], Field(strict=False)] = Field(
+        (0.9, 0.999), description="AdamW decays."
+    )
     eps: Float = Field(1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: Float | None = Field(1.0, gt=0, description="Clip the gradient's norm; null does not clip.")
+    max_grad_norm: Float | None = Field(
+        1.0, gt=0, description="Clip the gradient's norm; null does not clip."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, betas: Any) -> Any:
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise _refuse("betas", "a list of two numbers", betas)
+        return betas
 
     @field_validator("betas")
     @classmethod
@@ -178,7 +224,9 @@ class LogConfig(Section):
     every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
     samples_every: int = Field(20, ge=0, description="Steps between sampled responses; 0 writes none.")
     samples: int = Field(4, ge=0, description="Responses written each time.")
-    progress: Literal["auto", "rich", "plain", "none"] = Field("auto", description="auto: rich on a terminal.")
+    progress: Literal["auto", "rich", "plain", "none"] = Field(
+        "auto", description="auto: rich on a terminal."
+    )
 
 
 class EvaluateConfig(Section):
@@ -192,7 +240,9 @@ class TrainConfig(Section):
     steps: int = Field(100, ge=0, description="Optimizer updates.")
     prompts_per_step: int = Field(8, ge=1, description="Prompts per update, over all micro-batches.")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
-    run_dir: Local | None = Field(None, description="Folder of the run; null takes the next free runs/<name>-NNN.")
+    run_dir: Local | None = Field(
+        None, description="Folder of the run; null takes the next free runs/<name>-NNN."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice.")
 
 
@@ -217,5 +267,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _across(self) -> Config:
         if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
-            raise _refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
+            raise _refuse(
+                "teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average
+            )
         return self

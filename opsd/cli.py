@@ -1,4 +1,4 @@
-"""What the commands share: how arguments are read, and how a mistake of the user becomes one line and status 2."""
+"""What the commands share: reading arguments, and turning a user's mistake into one line and status 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser of `[config.yaml] [section.key=value ...] [--debug]`; a command adds its own flags."""
     made = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     made.add_argument(
-        "words", nargs="*", metavar="config.yaml | section.key=value", help="a config and what to change in it"
+        "words",
+        nargs="*",
+        metavar="config.yaml | section.key=value",
+        help="a config and what to change in it",
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -28,13 +31,18 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise InputError(
-            "at most one config file", ", ".join(files), file="command line", hint="set a value with section.key=value"
+            "at most one config file",
+            ", ".join(files),
+            file="command line",
+            hint="set a value with section.key=value",
         )
     return (Path(files[0]) if files else None), [word for word in words if "=" in word]
 
 
 def guard(
-    run: Callable[[argparse.Namespace], None], made: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    run: Callable[[argparse.Namespace], None],
+    made: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Parse `argv`, call `run`, and return the exit status: 0, 2 for a mistake of the user, 130 for Ctrl-C.
 

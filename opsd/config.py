@@ -1,7 +1,7 @@
-"""Configuration: a YAML file, then `section.key=value` from the command line, checked into one frozen `Config`.
+"""Configuration: a YAML file, then `section.key=value` from the command line, as one frozen `Config`.
 
-Relative paths are relative to the folder of the file that says them; on the command line, to the working directory.
-Every mistake is an `InputError` with file, line, field, what was expected and what was found.
+Relative paths are relative to the folder of the file that says them; on the command line, to the working
+directory. Every mistake is an `InputError` with file, line, field, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ __all__ = [
 COMMAND_LINE = "command line"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None
+) -> Config:
     """The config of a run: defaults < `base` < the file < `overrides`.
 
     base: {section: {key: value}} of a built-in job. Raises `InputError`, all problems in one message.
@@ -118,7 +120,11 @@ def _key_lines(node: yaml.Node | None, path: Path, above: Place = ()) -> Iterato
         key, line = (*above, str(key_node.value)), key_node.start_mark.line + 1
         if key in seen:
             raise InputError(
-                "each key once", f"it again, first on line {seen[key]}", file=path, line=line, field=".".join(key)
+                "each key once",
+                f"it again, first on line {seen[key]}",
+                file=path,
+                line=line,
+                field=".".join(key),
             )
         seen[key] = line
         yield key, line
@@ -126,7 +132,7 @@ def _key_lines(node: yaml.Node | None, path: Path, above: Place = ()) -> Iterato
 
 
 def _override(text: str) -> tuple[str, str, Any]:
-    """section, key and value of `section.key=value`. The value is YAML, except that text fields also take it raw."""
+    """section, key and value of `section.key=value`. The value is YAML, or raw text where text is wanted."""
     name, equals, raw = text.partition("=")
     section, dot, key = name.partition(".")
     if not (equals and dot and section and key):
@@ -165,7 +171,7 @@ def _merge(
     lines: dict[Place, int],
     file: str | Path,
 ) -> None:
-    """Lay `data` over `values` key by key, note where each key came from, make its paths absolute in `folder`."""
+    """Lay `data` over `values` key by key, note each key's source, make its paths absolute in `folder`."""
     for section, keys in data.items():
         sources[(str(section),)] = Source(file, lines.get((str(section),)))
         if not isinstance(keys, dict | None):
@@ -179,7 +185,7 @@ def _merge(
 
 
 def _resolve(place: tuple[str, str], value: Any, folder: Path) -> Any:
-    """A path made absolute. model.path is one when it looks like one or is a folder there, else it is a hub id."""
+    """A path made absolute. model.path is one if it looks like one or is a folder there, else a hub id."""
     if not isinstance(value, str) or not value:
         return value
     local = folder / Path(value).expanduser()

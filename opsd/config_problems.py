@@ -1,4 +1,4 @@
-"""pydantic's findings about a config, said as `InputError`s: where, which key, what was expected, what was found."""
+"""pydantic's findings about a config, said as `InputError`s: where, which key, expected what, found what."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Source:
     line: int | None = None
 
 
-def problems(error: ValidationError, values: dict[str, Any], sources: dict[Place, Source]) -> list[InputError]:
+def problems(
+    error: ValidationError, values: dict[str, Any], sources: dict[Place, Source]
+) -> list[InputError]:
     """pydantic's findings as InputErrors: one per field, the alternatives of a union joined by "or"."""
     found: dict[Place, list[Any]] = {}
     for detail in error.errors():
@@ -39,7 +41,9 @@ def problems(error: ValidationError, values: dict[str, Any], sources: dict[Place
     return sorted(said, key=lambda problem: problem.line or 0)
 
 
-def _problem(place: Place, details: list[Any], values: dict[str, Any], sources: dict[Place, Source]) -> InputError:
+def _problem(
+    place: Place, details: list[Any], values: dict[str, Any], sources: dict[Place, Source]
+) -> InputError:
     source = next(sources[place[:n]] for n in (2, 1, 0) if place[:n] in sources)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
     hint: str | None = None
@@ -62,10 +66,13 @@ def _unknown(place: Place) -> tuple[str, str, str | None]:
     homes = [f"{section}.{name}" for section, model in SECTIONS.items() if name in model.model_fields]
     hint = f"did you mean {' or '.join(map(repr, homes))}?" if homes else None
     if len(place) == 1:
-        return f"a section, one of {', '.join(SECTIONS)}", "an unknown section", hint or did_you_mean(name, SECTIONS)
+        return (
+            f"a section, one of {', '.join(SECTIONS)}",
+            "an unknown section",
+            hint or did_you_mean(name, SECTIONS),
+        )
     keys = list(SECTIONS[place[0]].model_fields)
-    everywhere = [key for model in SECTIONS.values() for key in model.model_fields]
-    hint = hint or did_you_mean(name, keys) or did_you_mean(name, everywhere)
+    hint = hint or did_you_mean(name, keys)
     return f"a key of section {place[0]}, one of {', '.join(keys)}", "an unknown key", hint
 
 
@@ -97,7 +104,9 @@ def _expected(detail: Any) -> str:
 
 
 def _value_hint(details: list[Any], value: Any) -> str | None:
-    literal = next((detail["ctx"]["expected"] for detail in details if detail["type"] == "literal_error"), None)
+    literal = next(
+        (detail["ctx"]["expected"] for detail in details if detail["type"] == "literal_error"), None
+    )
     if literal is not None:
         return did_you_mean(value, [part.strip("' ") for part in literal.replace(" or ", ",").split(",")])
     if any(detail["type"] == "string_type" for detail in details):

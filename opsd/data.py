@@ -1,4 +1,4 @@
-"""Rows: a JSONL file read into `Example`s, checked whole before the first step, and the order they are used in.
+"""Rows: a JSONL file read into `Example`s, checked before the first step, and the order they are used in.
 
 A row has `id`, `prompt` (text, or chat messages whose content is text or parts), `rationale` (also called
 `privileged_context`), and optionally `label`, `answer`, `subtitle`, `teacher_images`. A part is
@@ -67,8 +67,8 @@ class Example:
 def read_examples(path: Path, config: DataConfig, *, held_out: bool = False) -> list[Example]:
     """All rows of a JSONL file, in file order.
 
-    held_out: rows for evaluation, which need no rationale. Raises `InputError` with file, line and field; several
-    problems come in one message.
+    held_out: rows for evaluation, which need no rationale. Raises `InputError` with file, line and field;
+    several problems come in one message.
     """
     if path.suffix not in (".jsonl", ".json"):
         raise InputError("a .jsonl file", repr(path.name), file=path)
@@ -83,7 +83,9 @@ def read_examples(path: Path, config: DataConfig, *, held_out: bool = False) -> 
             if example.id in lines_of_ids:
                 problems.append(
                     example.problem(
-                        "id", "an id of its own", f"{example.id!r} again, first on line {lines_of_ids[example.id]}"
+                        "id",
+                        "an id of its own",
+                        f"{example.id!r} again, first on line {lines_of_ids[example.id]}",
                     )
                 )
             lines_of_ids.setdefault(example.id, line)
@@ -97,14 +99,16 @@ def read_examples(path: Path, config: DataConfig, *, held_out: bool = False) -> 
 
 
 def order(n_rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:
-    """The row indices of a step (counted from 0): a pure function of its arguments, so a resumed run needs no state.
+    """The row indices of a step (counted from 0): a pure function, so a resumed run needs no state.
 
     Each epoch is its own permutation of all rows; a step may straddle two epochs.
     """
     if n_rows < 1 or rows_per_step < 1:
         raise ValueError(f"expected n_rows >= 1 and rows_per_step >= 1, got {n_rows} and {rows_per_step}")
     first = step * rows_per_step
-    return [_permutation(n_rows, seed, at // n_rows)[at % n_rows] for at in range(first, first + rows_per_step)]
+    return [
+        _permutation(n_rows, seed, at // n_rows)[at % n_rows] for at in range(first, first + rows_per_step)
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -116,7 +120,7 @@ def _permutation(n_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of the lines that are not blank. Bytes, so that one bad line does not hide the others."""
+    """(line number, bytes) of lines that are not blank. Bytes, so that a bad line does not hide others."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -146,7 +150,9 @@ class _Row:
     problems: list[InputError] = field(default_factory=list)
 
     def refuse(self, field: str | None, expected: str, found: str, hint: str | None = None) -> None:
-        self.problems.append(InputError(expected, found, file=self.file, line=self.line, field=field, hint=hint))
+        self.problems.append(
+            InputError(expected, found, file=self.file, line=self.line, field=field, hint=hint)
+        )
 
     def parse(self, raw: bytes) -> Example | None:
         """The example, or None when there were problems."""
@@ -156,7 +162,10 @@ class _Row:
         for name in row:
             if name not in FIELDS:
                 self.refuse(
-                    name, f"a known field, one of {', '.join(FIELDS)}", "an unknown field", did_you_mean(name, FIELDS)
+                    name,
+                    f"a known field, one of {', '.join(FIELDS)}",
+                    "an unknown field",
+                    did_you_mean(name, FIELDS),
                 )
         example = Example(
             id=self._id(row),
@@ -217,7 +226,10 @@ class _Row:
             return self._text(names[0], row[names[0]])
         if self.need_rationale:
             self.refuse(
-                "rationale", "text that is not empty", "nothing", "data.require_rationale=false allows rows without"
+                "rationale",
+                "text that is not empty",
+                "nothing",
+                "data.require_rationale=false allows rows without",
             )
         return None
 
@@ -238,7 +250,7 @@ class _Row:
         return tuple(self._medium(f"teacher_images[{i}]", item) for i, item in enumerate(value))
 
     def _medium(self, field: str, value: Any) -> Path:
-        """The absolute path of a file that exists; whether it decodes is `opsd.media.verify_media`'s to say."""
+        """The absolute path of a file that exists; whether it decodes, `opsd.media.verify_media` says."""
         name = self._text(field, value)
         path = (self.file.parent / Path(name).expanduser()).absolute() if name else self.file
         if "://" in name:
@@ -253,10 +265,9 @@ class _Row:
             return [{"role": "user", "content": [{"type": "text", "text": self._text("prompt", prompt)}]}]
         messages = [self._message(f"prompt[{i}]", message) for i, message in enumerate(prompt)]
         roles = [message["role"] for message in messages]
-        if not roles or roles[-1] != "user":
-            self.refuse(
-                "prompt", "chat messages that end with the user's", f"{roles[-1]!r} last" if roles else "no messages"
-            )
+        if not roles or roles[-1] in ("system", "assistant"):
+            found = f"{roles[-1]!r} last" if roles else "no messages"
+            self.refuse("prompt", "chat messages that end with the user's", found)
         return messages
 
     def _message(self, field: str, message: Any) -> dict[str, Any]:
@@ -268,10 +279,16 @@ class _Row:
         if role not in ROLES:
             self.refuse(f"{field}.role", f"one of {', '.join(ROLES)}", repr(role), did_you_mean(role, ROLES))
         if not isinstance(content, list):
-            return {"role": role, "content": [{"type": "text", "text": self._text(f"{field}.content", content)}]}
+            return {
+                "role": role,
+                "content": [{"type": "text", "text": self._text(f"{field}.content", content)}],
+            }
         if not content:
             self.refuse(f"{field}.content", "at least one part", "none")
-        return {"role": role, "content": [self._part(f"{field}.content[{i}]", part) for i, part in enumerate(content)]}
+        return {
+            "role": role,
+            "content": [self._part(f"{field}.content[{i}]", part) for i, part in enumerate(content)],
+        }
 
     def _part(self, field: str, part: Any) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else None

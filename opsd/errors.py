@@ -13,8 +13,8 @@ from pathlib import Path
 class InputError(Exception):
     """A mistake in what the user gave, said in one line.
 
-    The line is `FILE:LINE: field 'FIELD': expected EXPECTED; found FOUND (HINT)`; parts that are not known are
-    left out. `file` may also name a source that is no file, such as "command line".
+    The line is `FILE:LINE: field 'FIELD': expected EXPECTED; found FOUND (HINT)`; parts that are not known
+    are left out. `file` may also name a source that is no file, such as "command line".
     """
 
     def __init__(

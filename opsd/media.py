@@ -1,4 +1,4 @@
-"""Images and audio from files, in the form processors take. Nothing is kept: a medium is decoded when it is used."""
+"""Images and audio from files, as processors take them. Nothing is kept: a medium is decoded when used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
             pieces = [
                 piece.to_ndarray().mean(axis=0)  # of (channels, samples): FFmpeg's own downmix is louder
-                for frame in (*container.decode(container.streams.audio[0]), None)  # None flushes the resampler
+                for frame in (
+                    *container.decode(container.streams.audio[0]),
+                    None,
+                )  # None flushes the resampler
                 for piece in resampler.resample(frame)
             ]
     except (FFmpegError, OSError, ValueError) as error:
@@ -53,7 +56,7 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
 
 
 def verify_media(examples: Iterable[Example], config: MediaConfig) -> None:
-    """Decode every medium once and report all that fail, each with its row. Does nothing when config.verify is off."""
+    """Decode every medium once and report all that fail, each with its row, unless config.verify is off."""
     if not config.verify:
         return
     first_use: dict[tuple[str, Path], tuple[Example, str]] = {}

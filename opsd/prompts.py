@@ -1,7 +1,7 @@
 """Two prompts of one row, through the processor's own chat template: the student's view and the teacher's.
 
-Both have the same media and the same task. The teacher's last user turn goes on with a blank line and what only the
-teacher may know, so that the student's view up to there is a prefix of the teacher's.
+Both have the same media and the same task. The teacher's last user turn goes on with a blank line and what
+only the teacher may know, so that the student's view up to there is a prefix of the teacher's.
 """
 
 from __future__ import annotations
@@ -42,18 +42,22 @@ class PromptBuilder:
         tokenizer = processor.tokenizer if self.multimodal else processor
         self.extractor = getattr(processor, "feature_extractor", None)
         self.special = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
-        self.special |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")}
+        self.special |= {
+            getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")
+        }
         self.special.discard("")
         rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
         if rate != media.sampling_rate:
-            raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
+            raise InputError(
+                f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate"
+            )
 
     def student(self, example: Example) -> Prompt:
         """The prompt without privilege."""
         return self._build(example, self._messages(example))
 
     def teacher(self, example: Example) -> Prompt:
-        """The same prompt with what config.privilege names: rationale and teacher images, label, or nothing."""
+        """The prompt plus what config.privilege names: rationale and teacher images, label, or nothing."""
         messages = self._messages(example)
         if self.config.privilege == "none":
             return self._build(example, messages)
@@ -72,7 +76,7 @@ class PromptBuilder:
         return self._build(example, messages)
 
     def verify(self, examples: Iterable[Example], *, teacher: bool = True) -> None:
-        """Build every prompt once and report all that fail: too long, special tokens in the text, no privilege."""
+        """Build every prompt once and report all that fail: too long, special tokens, no privilege."""
         problems = []
         for example in examples:
             try:
@@ -112,7 +116,9 @@ class PromptBuilder:
         if not self.multimodal:
             if images or sounds:
                 raise example.problem("prompt", "text only, as the model has no processor for media", "media")
-            messages = [{"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages]
+            messages = [
+                {"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages
+            ]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         extra: dict[str, Any] = {}
         if images:

@@ -16,7 +16,7 @@ from opsd import checkpoint
 from opsd.checkpoint import Checkpoint
 from opsd.config import Config, dump_config, load_config
 from opsd.data import Example, order, read_examples
-from opsd.errors import InputError, did_you_mean, raise_all, writing
+from opsd.errors import InputError, raise_all
 from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.media import verify_media
 from opsd.model import LanguageModel, load_model
@@ -31,18 +31,20 @@ _FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir")
 
 @dataclass
 class Run:
-    config: Config
-    directory: RunDir
+    """What a run trains with and on, the folder it writes to, and where it stands."""
+
     train: list[Example]
     held_out: dict[str, list[Example]]  # "test", "validation"
     prompts: PromptCache
     model: LanguageModel
     teacher: Teacher
     optimizer: Optimizer
+    config: Config
+    directory: RunDir
     start: int  # updates already done
+    logged: int  # the step of the last line in metrics.jsonl
     clock: Clock
     progress: Progress
-    logged: int  # the step of the last line in metrics.jsonl
 
     def passes(self, step: int) -> Iterator[list[tuple[int, Example]]]:
         """The step's rows in micro-batches, each row with its place in the step."""
@@ -65,30 +67,50 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     directory, last = _open_directory(config, resume)
+    try:
+        run = _build(config, directory, last)
+    except BaseException:
+        if not any(directory.path.iterdir()):  # a run that never began leaves no folder
+            directory.path.rmdir()
+        raise
+    if not resume:
+        dump_config(config, directory.path / "config.yaml")
+    directory.rewind(run.start if last is not None else -1)
+    try:
+        yield run
+    finally:
+        run.progress.close()
+
+
+def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
+    """Rows, model, teacher and optimizer, each checked; a checkpoint's state is put back."""
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     _check_rows(train, config)
-    if config.media.verify:
-        verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
-
+    verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
     model = load_model(*_weights(config, last))
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     _check_prompts(prompts, train, held_out, config)
-    distils = config.objective.kind == "distill"
-    teacher = build_teacher(config.teacher, model) if distils else LiveTeacher()
+    teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps)
+    start = 0
     if last is not None:
         checkpoint.restore(last, optimizer, teacher)
-    start = last.step if last is not None else 0
-    directory.rewind(start if last is not None else -1)
-    progress = make_progress(config.log.progress, config.train.steps)
-    try:
-        yield Run(
-            config, directory, train, held_out, prompts, model, teacher, optimizer,
-            start, Clock(model.device), progress, logged=start,
-        )  # fmt: skip
-    finally:
-        progress.close()
+        start = last.step
+    return Run(
+        train,
+        held_out,
+        prompts,
+        model,
+        teacher,
+        optimizer,
+        config,
+        directory,
+        start=start,
+        logged=start,
+        clock=Clock(model.device),
+        progress=make_progress(config.log.progress, config.train.steps),
+    )
 
 
 def next_run_dir(name: str, root: Path = Path("runs")) -> Path:
@@ -116,9 +138,10 @@ def _open_directory(config: Config, resume: bool) -> tuple[RunDir, Checkpoint | 
             "a new or empty folder", "a folder with files", file=path, field="train.run_dir",
             hint="--resume goes on with a run",
         )  # fmt: skip
-    with writing(path):
+    try:
         path.mkdir(parents=True, exist_ok=True)
-    dump_config(config, saved)
+    except OSError as error:
+        raise InputError("a folder that can be made", error.strerror, file=path, field="train.run_dir") from error
     return directory, None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,9 +13,7 @@ from opsd.sections import Config
 
 Place = tuple[str, ...]  # (), (section,) or (section, key)
 
-SECTIONS: dict[str, type[BaseModel]] = {
-    name: field.annotation for name, field in Config.model_fields.items() if field.annotation is not None
-}
+SECTIONS = {name: cast(type[BaseModel], field.annotation) for name, field in Config.model_fields.items()}
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,7 @@ def _number(value: Any) -> Any:
 
 def _refuse(field: str, expected: str, found: object) -> PydanticCustomError:
     """The error of a check; `opsd.config` adds file and line. `field` is the key within the section."""
-    return PydanticCustomError(
-        "check", "{expected}", {"field": field, "expected": expected, "found": repr(found)}
-    )
+    return PydanticCustomError("check", "{expected}", {"field": field, "expected": expected, "found": repr(found)})
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -54,11 +52,11 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    train: Local | None = Field(None, description="Rows to train on (JSONL).")
-    test: Local | None = Field(None, description="Held-out rows for the final evaluation.")
-    validation: Local | None = Field(None, description="Held-out rows for evaluations during training.")
-    labels: Texts | None = Field(None, description="The options: every row's label must be one of them.")
-    require_rationale: bool = Field(True, description="Refuse training rows without a rationale.")
+    train: Local | None = Field(default=None, description="Rows to train on (JSONL).")
+    test: Local | None = Field(default=None, description="Held-out rows for the final evaluation.")
+    validation: Local | None = Field(default=None, description="Held-out rows for evaluations during training.")
+    labels: Texts | None = Field(default=None, description="The options: every row's label must be one of them.")
+    require_rationale: bool = Field(default=True, description="Refuse training rows without a rationale.")
 
     @field_validator("labels")
     @classmethod
@@ -71,26 +69,26 @@ class DataConfig(Section):
 
 
 class PromptsConfig(Section):
-    system: str | None = Field(None, description="System message put before prompts that have none.")
+    system: str | None = Field(default=None, description="System message put before prompts that have none.")
     subtitle_template: str | None = Field(
-        'Subtitle: "{subtitle}"', description="Text for a row's subtitle; null leaves subtitles out."
+        default='Subtitle: "{subtitle}"', description="Text for a row's subtitle; null leaves subtitles out."
     )
     teacher_template: str = Field(
-        TEACHER_TEMPLATE, description="Text of the teacher's view with {rationale} in it."
+        default=TEACHER_TEMPLATE, description="Text of the teacher's view with {rationale} in it."
     )
     label_template: str = Field(
-        "The correct answer is: {label}\nReason in your own words, then answer.",
+        default="The correct answer is: {label}\nReason in your own words, then answer.",
         description="Text of the teacher's view when privilege is label.",
     )
     privilege: Literal["rationale", "label", "none"] = Field(
-        "rationale", description="What the teacher sees that the student does not."
+        default="rationale", description="What the teacher sees that the student does not."
     )
     max_prompt_tokens: int = Field(
-        24576, ge=1, description="Longer prompts are an error, never truncated (tokens)."
+        default=24576, ge=1, description="Longer prompts are an error, never truncated (tokens)."
     )
 
     cache_mib: int = Field(
-        512, ge=0, description="Host memory for rendered prompts and their media (MiB); 0 keeps none."
+        default=512, ge=0, description="Host memory for rendered prompts and their media (MiB); 0 keeps none."
     )
 
     @model_validator(mode="after")
@@ -107,98 +105,90 @@ class PromptsConfig(Section):
 
 
 class MediaConfig(Section):
-    sampling_rate: int = Field(16000, ge=1, description="Audio is resampled to this rate (Hz).")
-    verify: bool = Field(True, description="Decode every medium once before the first step.")
+    sampling_rate: int = Field(default=16000, ge=1, description="Audio is resampled to this rate (Hz).")
+    verify: bool = Field(default=True, description="Decode every medium once before the first step.")
 
 
 class ModelConfig(Section):
     path: str = Field(min_length=1, description="Folder or hub id of the model and its processor.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the weights.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    adapter: Literal["none", "lora"] = Field("none", description="none trains the weights, lora an adapter.")
-    lora_r: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: int = Field(32, ge=1, description="Scale of the adapter times its rank.")
-    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    adapter: Literal["none", "lora"] = Field(default="none", description="none trains the weights, lora an adapter.")
+    lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter times its rank.")
+    lora_dropout: Float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
     lora_targets: Literal["all-linear"] | Texts = Field(
-        "all-linear", description="Modules that get an adapter."
+        default="all-linear", description="Modules that get an adapter."
     )
-    freeze: Texts = Field((), description="Name prefixes of modules that stay as they are.")
-    attention: str = Field("sdpa", description="Attention implementation: sdpa, eager, ...")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    freeze: Texts = Field(default=(), description="Name prefixes of modules that stay as they are.")
+    attention: str = Field(default="sdpa", description="Attention implementation: sdpa, eager, ...")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 
 class EngineConfig(Section):
     share_prefix: bool = Field(
-        True, description="Compute a prompt once for its G responses; false is the plain twin."
+        default=True, description="Compute a prompt once for its G responses; false is the plain twin."
     )
-    prompts_per_pass: int = Field(8, ge=1, description="Micro-batch: prompts per forward pass.")
+    prompts_per_pass: int = Field(default=8, ge=1, description="Micro-batch: prompts per forward pass.")
 
 
 class RolloutConfig(Section):
-    group_size: int = Field(4, ge=1, description="G, responses sampled per prompt.")
-    max_new_tokens: int = Field(512, ge=1, description="Longest response (tokens).")
-    temperature: Float = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: Float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
-    top_k: int | None = Field(None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
+    group_size: int = Field(default=4, ge=1, description="G, responses sampled per prompt.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest response (tokens).")
+    temperature: Float = Field(default=1.0, gt=0, description="Sampling temperature.")
+    top_p: Float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
+    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
 
 
 class TeacherConfig(Section):
-    kind: Literal["ema", "frozen", "live"] = Field(
-        "ema", description="Averaged, initial, or current student."
-    )
+    kind: Literal["ema", "frozen", "live"] = Field(default="ema", description="Averaged, initial, or current student.")
     mu: Float = Field(
-        0.999, ge=0, lt=1, description="EMA decay per step: mu^n of the start is left after n steps."
+        default=0.999, ge=0, lt=1, description="EMA decay per step: mu^n of the start is left after n steps."
     )
     lora_average: Literal["dense", "freeze_a", "factors"] = Field(
-        "dense",
+        default="dense",
         description="EMA of an adapter: exact dense, exact with A frozen, or of A and B apart (approximate).",
     )
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["distill", "sft", "reward"] = Field("distill", description="What is trained.")
-    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field("jsd", description="Per-token divergence.")
-    beta: Float = Field(0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
-    temperature: Float = Field(1.0, gt=0, description="Temperature of both distributions.")
+    kind: Literal["distill", "sft", "reward"] = Field(default="distill", description="What is trained.")
+    divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field(default="jsd", description="Per-token divergence.")
+    beta: Float = Field(default=0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
+    temperature: Float = Field(default=1.0, gt=0, description="Temperature of both distributions.")
     alpha: Float = Field(
-        0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
+        default=0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
     )
-    workspace_mib: int = Field(256, ge=1, description="Memory for logits of one chunk (MiB).")
+    workspace_mib: int = Field(default=256, ge=1, description="Memory for logits of one chunk (MiB).")
     backend: Literal["auto", "triton", "native", "torch"] = Field(
-        "auto", description="Row kernels of the loss."
+        default="auto", description="Row kernels of the loss."
     )
-    teacher_view_fraction: Float = Field(
-        0.0, ge=0, le=1, description="sft: share of rows seen with privilege."
-    )
+    teacher_view_fraction: Float = Field(default=0.0, ge=0, le=1, description="sft: share of rows seen with privilege.")
 
     @model_validator(mode="after")
     def _checks(self) -> ObjectiveConfig:
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise _refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
         if self.teacher_view_fraction and self.kind != "sft":
-            raise _refuse(
-                "teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction
-            )
+            raise _refuse("teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction)
         return self
 
 
 class RewardsConfig(Section):
-    accuracy: Float = Field(1.0, description="Weight of the right answer.")
-    format: Float = Field(1.0, description="Weight of <think>..</think><answer>..</answer>.")
+    accuracy: Float = Field(default=1.0, description="Weight of the right answer.")
+    format: Float = Field(default=1.0, description="Weight of <think>..</think><answer>..</answer>.")
 
 
 class OptimConfig(Section):
-    lr: Float = Field(1e-6, ge=0, description="Peak learning rate of AdamW.")
+    lr: Float = Field(default=1e-6, ge=0, description="Peak learning rate of AdamW.")
     betas: Annotated[tuple[Float, Float], Field(strict=False)] = Field(
-        (0.9, 0.999), description="AdamW decays."
+        default=(0.9, 0.999), description="AdamW decays."
     )
-    eps: Float = Field(1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: Float | None = Field(
-        1.0, gt=0, description="Clip the gradient's norm; null does not clip."
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    eps: Float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: Float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: Float | None = Field(default=1.0, gt=0, description="Clip the gradient's norm; null does not clip.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -216,34 +206,32 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0, description="Steps between checkpoints; 0 writes one at the end only.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept, the newest ones.")
+    every: int = Field(default=0, ge=0, description="Steps between checkpoints; 0 writes one at the end only.")
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest ones.")
 
 
 class LogConfig(Section):
-    every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    samples_every: int = Field(20, ge=0, description="Steps between sampled responses; 0 writes none.")
-    samples: int = Field(4, ge=0, description="Responses written each time.")
-    progress: Literal["auto", "rich", "plain", "none"] = Field(
-        "auto", description="auto: rich on a terminal."
-    )
+    every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
+    samples_every: int = Field(default=20, ge=0, description="Steps between sampled responses; 0 writes none.")
+    samples: int = Field(default=4, ge=0, description="Responses written each time.")
+    progress: Literal["auto", "rich", "plain", "none"] = Field(default="auto", description="auto: rich on a terminal.")
 
 
 class EvaluateConfig(Section):
-    every: int = Field(0, ge=0, description="Steps between evaluations; 0 evaluates before and after only.")
-    batch_size: int = Field(32, ge=1, description="Prompts decoded together.")
-    limit: int | None = Field(None, ge=1, description="Use the first rows only; null uses all.")
-    teacher: bool = Field(True, description="Also measure the teacher's view.")
+    every: int = Field(default=0, ge=0, description="Steps between evaluations; 0 evaluates before and after only.")
+    batch_size: int = Field(default=32, ge=1, description="Prompts decoded together.")
+    limit: int | None = Field(default=None, ge=1, description="Use the first rows only; null uses all.")
+    teacher: bool = Field(default=True, description="Also measure the teacher's view.")
 
 
 class TrainConfig(Section):
-    steps: int = Field(100, ge=0, description="Optimizer updates.")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts per update, over all micro-batches.")
-    seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
+    steps: int = Field(default=100, ge=0, description="Optimizer updates.")
+    prompts_per_step: int = Field(default=8, ge=1, description="Prompts per update, over all micro-batches.")
+    seed: int = Field(default=0, ge=0, description="Seed of data order, sampling and initialisation.")
     run_dir: Local | None = Field(
-        None, description="Folder of the run; null takes the next free runs/<name>-NNN."
+        default=None, description="Folder of the run; null takes the next free runs/<name>-NNN."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; null leaves torch's choice.")
 
 
 class Config(Section):
@@ -267,7 +255,5 @@ class Config(Section):
     @model_validator(mode="after")
     def _across(self) -> Config:
         if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
-            raise _refuse(
-                "teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average
-            )
+            raise _refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
         return self

@@ -20,7 +20,7 @@ from opsd_kernels.launch import INTERPRETER, Launch, launch_for
 from opsd_kernels.rows import RowOutputs
 from opsd_kernels.triton_math import exp_remainder, ln_one_plus, log_remainder, times
 
-PARTS = 15  # partial results of a program: 3 of centre, 10 of sums, 2 of mixture
+PARTS = 12  # partial results of a program: 3 of centre, 7 of sums, 2 of mixture
 REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
 JSD = tl.constexpr(KINDS.index("jsd"))
@@ -101,8 +101,9 @@ def _sums_kernel(z_s, second, parts, vocab, stride, inverse_t, kind: tl.constexp
     begin, end = _segment(vocab, tile, splits)
     lane = tl.arange(0, tile)
     zero = tl.zeros([tile], tl.float32)
-    student, difference, remainder, far_teacher, far_student = zero, zero, zero, zero, zero
-    far_moment, student_moment, teacher_moment = zero, zero, zero
+    student, difference, far_teacher, far_student = zero, zero, zero, zero
+    moment, student_moment, teacher_moment = zero, zero, zero
+    unit = tl.exp(-t_max)
     for start in range(begin, end, tile):
         s, t, d, e_s, e_t = _elements(
             z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
@@ -116,22 +117,20 @@ def _sums_kernel(z_s, second, parts, vocab, stride, inverse_t, kind: tl.constexp
         far_teacher += tl.where(near, 0.0, e_t)
         far_student += tl.where(near, 0.0, e_s)
         if kind == REVERSE_KL:
-            remainder += e_near * k
-            far_moment += tl.where(near, 0.0, times(e_s, d))
+            moment += tl.where(near, e_near * k, times(e_s, d))
         elif kind == FORWARD_KL:
-            remainder += e_near * (d_near * d_near - k * (1.0 + d_near))
-            far_moment += tl.where(near, 0.0, times(e_t, d))
+            k_back = d_near * d_near - k * (1.0 + d_near)  # exp(-d) k(-d)
+            moment += tl.where(near, unit * e_near * k_back, -times(e_t, d))
         student_moment += times(e_s, s)
         teacher_moment += times(e_t, t)
     split = tl.program_id(1)
     tl.store(_part(parts, row, 3, splits, count) + split, tl.sum(student, 0))
     tl.store(_part(parts, row, 4, splits, count) + split, tl.sum(difference, 0))
-    tl.store(_part(parts, row, 5, splits, count) + split, tl.sum(remainder, 0))
-    tl.store(_part(parts, row, 6, splits, count) + split, tl.sum(far_teacher, 0))
-    tl.store(_part(parts, row, 7, splits, count) + split, tl.sum(far_student, 0))
-    tl.store(_part(parts, row, 8, splits, count) + split, tl.sum(far_moment, 0))
-    tl.store(_part(parts, row, 9, splits, count) + split, tl.sum(student_moment, 0))
-    tl.store(_part(parts, row, 10, splits, count) + split, tl.sum(teacher_moment, 0))
+    tl.store(_part(parts, row, 5, splits, count) + split, tl.sum(far_teacher, 0))
+    tl.store(_part(parts, row, 6, splits, count) + split, tl.sum(far_student, 0))
+    tl.store(_part(parts, row, 7, splits, count) + split, tl.sum(moment, 0))
+    tl.store(_part(parts, row, 8, splits, count) + split, tl.sum(student_moment, 0))
+    tl.store(_part(parts, row, 9, splits, count) + split, tl.sum(teacher_moment, 0))
 
 
 @triton.jit
@@ -144,10 +143,9 @@ def _merge_sums(parts, row, t_max, kind: tl.constexpr, splits: tl.constexpr, cou
     """S, Q in units of exp(t_max), c = ln(Q / S), and the value of the two KLs."""
     student = _merged(parts, row, 3, splits, count)
     near = _merged(parts, row, 4, splits, count)
-    remainder = _merged(parts, row, 5, splits, count)
-    far_teacher = _merged(parts, row, 6, splits, count)
-    far_student = _merged(parts, row, 7, splits, count)
-    far_moment = _merged(parts, row, 8, splits, count)
+    far_teacher = _merged(parts, row, 5, splits, count)
+    far_student = _merged(parts, row, 6, splits, count)
+    moment = _merged(parts, row, 7, splits, count)
     unit = tl.exp(-t_max)
     far = far_teacher * tl.exp(tl.minimum(t_max, 30.0)) - far_student
     ratio = (near + far) / student  # Q / S - 1
@@ -157,12 +155,12 @@ def _merge_sums(parts, row, t_max, kind: tl.constexpr, splits: tl.constexpr, cou
     close = tl.abs(ratio) <= 0.25
     value = c * 0.0
     if kind == REVERSE_KL:
-        fine = (remainder + far + far_moment) / student - log_remainder(tl.where(close, ratio, 0.0))
-        value = tl.where(close, fine, (remainder - near + far_moment) / student + c)
+        fine = (moment + far) / student - log_remainder(tl.where(close, ratio, 0.0))
+        value = tl.where(close, fine, (moment - near) / student + c)
     elif kind == FORWARD_KL:
         back = tl.where(close, -(near + far) / (student + near + far), 0.0)  # S / Q - 1
-        fine = (unit * (remainder - far) - far_moment) / teacher - log_remainder(back)
-        value = tl.where(close, fine, (unit * (near + remainder) - far_moment) / teacher - c)
+        fine = (moment - unit * far) / teacher - log_remainder(back)
+        value = tl.where(close, fine, (moment + unit * near) / teacher - c)
     return student, teacher, c, value
 
 
@@ -171,13 +169,13 @@ def _mixture_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, kind: tl
                     tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     top, second_a, t_max = _merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    student, teacher, c, _ = _merge_sums(parts, row, t_max, kind, splits, count)
+    student, teacher, c, kl = _merge_sums(parts, row, t_max, kind, splits, count)
     begin, end = _segment(vocab, tile, splits)
     lane = tl.arange(0, tile)
     to_student = tl.zeros([tile], tl.float32)
     to_teacher = tl.zeros([tile], tl.float32)
     for start in range(begin, end, tile):
-        _, _, d, e_s, e_t = _elements(
+        s, t, d, e_s, e_t = _elements(
             z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
         )
         p, q, u = e_s / student, e_t / teacher, -(d + c)
@@ -191,8 +189,8 @@ def _mixture_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, kind: tl
         to_student += tl.where(near, near_student, beta * (q - p) - times(p, g))
         to_teacher += tl.where(near, near_teacher, (1.0 - beta) * (p - q) + times(q, h))
     split = tl.program_id(1)
-    tl.store(_part(parts, row, 11, splits, count) + split, tl.sum(to_student, 0))
-    tl.store(_part(parts, row, 12, splits, count) + split, tl.sum(to_teacher, 0))
+    tl.store(_part(parts, row, 10, splits, count) + split, tl.sum(to_student, 0))
+    tl.store(_part(parts, row, 11, splits, count) + split, tl.sum(to_teacher, 0))
 
 
 @triton.jit
@@ -216,7 +214,7 @@ def _slope(p, q, r, shift, beta, kind: tl.constexpr):
     near = tl.abs(r) <= 0.25
     growth = tl.where(near, -r, 0.0)
     growth += exp_remainder(-growth)
-    g, _ = _far_ratios(-r, beta)
+    g, h = _far_ratios(-r, beta)
     forth = beta * growth
     log_ratio = tl.where(near, log_remainder(forth) - forth, -g)
     return times(p, log_ratio - shift) * (1.0 - beta)
@@ -232,13 +230,13 @@ def _gradient_kernel(z_s, second, parts, scale, grad, value_out, student_entropy
     student, teacher, c, value = _merge_sums(parts, row, t_max, kind, splits, count)
     shift = value
     if kind == JSD:
-        shift = _merged(parts, row, 11, splits, count)
-        value = (1.0 - beta) * shift + beta * _merged(parts, row, 12, splits, count)
+        shift = _merged(parts, row, 10, splits, count)
+        value = (1.0 - beta) * shift + beta * _merged(parts, row, 11, splits, count)
     if tl.program_id(1) == 0:
         tl.store(value_out + row, tl.where(value < 0.0, 0.0, value))
-        moment = _merged(parts, row, 9, splits, count)
+        moment = _merged(parts, row, 8, splits, count)
         tl.store(student_entropy + row, tl.log(student) - moment / student)
-        moment = _merged(parts, row, 10, splits, count)
+        moment = _merged(parts, row, 9, splits, count)
         tl.store(teacher_entropy + row, tl.log(teacher) - moment / teacher)
     if with_grad:
         begin, end = _segment(vocab, tile, splits)
@@ -246,7 +244,7 @@ def _gradient_kernel(z_s, second, parts, scale, grad, value_out, student_entropy
         lane = tl.arange(0, tile)
         for start in range(begin, end, tile):
             column = start + lane
-            _, _, d, e_s, e_t = _elements(
+            s, t, d, e_s, e_t = _elements(
                 z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
             )
             slope = _slope(e_s / student, e_t / teacher, d + c, shift, beta, kind)

@@ -61,7 +61,9 @@ def measure(run: Any, step: int) -> None:
             views["teacher"] = (run.prompts.teacher, run.teacher.weights())
         for view, (build, weights) in views.items():
             with weights:
-                texts = answer(run.model, [build(r) for r in rows], config.batch_size, run.config.rollout.max_new_tokens)
+                texts = answer(
+                    run.model, [build(r) for r in rows], config.batch_size, run.config.rollout.max_new_tokens
+                )
             result = wilson(sum(int(accuracy(t, r.label)) for t, r in zip(texts, rows, strict=True)), len(rows))
             run.directory.append("evaluations", {"step": step, "split": split, "view": view, **asdict(result)})
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
@@ -82,7 +84,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_trained(config.model, last.path)
     prompts = PromptBuilder(model.processor, config.prompts, config.media)
     texts = answer(
-        model, [prompts.student(row) for row in rows], config.evaluate.batch_size, config.rollout.max_new_tokens
+        model,
+        [prompts.student(row) for row in rows],
+        config.evaluate.batch_size,
+        config.rollout.max_new_tokens,
     )
     out = args.out or args.run_dir / f"predictions-{args.data.stem}.jsonl"
     _write(out, rows, texts)

@@ -1,10 +1,10 @@
 """The run directory and what a person sees: metrics, samples, evaluations, progress.
 
-    RUN/config.yaml         the resolved config
-    RUN/metrics.jsonl       one line per logged step
-    RUN/evaluations.jsonl   one line per evaluation
-    RUN/samples.jsonl       sampled responses
-    RUN/checkpoints/        see `opsd.checkpoint`
+RUN/config.yaml         the resolved config
+RUN/metrics.jsonl       one line per logged step
+RUN/evaluations.jsonl   one line per evaluation
+RUN/samples.jsonl       sampled responses
+RUN/checkpoints/        see `opsd.checkpoint`
 """
 
 from __future__ import annotations

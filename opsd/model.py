@@ -69,10 +69,10 @@ class LanguageModel:
         """Run the model up to its head. The head is handed zero rows, so no [tokens, vocabulary] tensor exists."""
         seen: dict[str, Tensor | None] = {"positions": None}
 
-        def before_decoder(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["positions"] = kwargs.get("position_ids")
 
-        def before_head(_: nn.Module, args: tuple) -> tuple:
+        def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
             seen["hidden"] = args[0]
             return (args[0][:, :0],)
 
@@ -182,7 +182,7 @@ def _check_head(module: Any, path: str) -> None:
             )
 
 
-def _freeze(module: nn.Module, prefixes: list[str]) -> None:
+def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     names = [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
@@ -193,7 +193,7 @@ def _freeze(module: nn.Module, prefixes: list[str]) -> None:
                 found=repr(prefix),
             )
     for name, parameter in module.named_parameters():
-        if name.startswith(tuple(prefixes)):
+        if name.startswith(prefixes):
             parameter.requires_grad_(False)
 
 
@@ -217,9 +217,9 @@ def _add_lora(module: Any, config: ModelConfig, adapter_from: Path | None) -> An
     return peft_model
 
 
-def _towers(module: nn.Module) -> str:
+def _towers(module: Any) -> str:
     """A pattern of everything outside the decoder: perception towers keep their weights under LoRA."""
-    decoder = module.get_decoder()  # type: ignore[operator]
+    decoder = module.get_decoder()
     inside = next((name for name, child in module.named_modules() if child is decoder), "")
     return rf"^(?!{inside}\.).*$" if inside else ""
 
@@ -229,6 +229,8 @@ def _end_ids(module: Any, tokenizer: Any) -> list[int]:
     ids = ids if ids is not None else tokenizer.eos_token_id
     if ids is None:
         raise InputError(
-            field="model.path", expected="an end-of-sequence token", found="none in generation_config or tokenizer"
+            field="model.path",
+            expected="an end-of-sequence token",
+            found="none in generation_config or tokenizer",
         )
     return [ids] if isinstance(ids, int) else list(ids)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,7 +142,7 @@ def _open_directory(config: Config, resume: bool) -> tuple[RunDir, Checkpoint | 
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError("a folder that can be made", error.strerror, file=path, field="train.run_dir") from error
+        raise InputError("a folder that can be made", str(error.strerror), file=path, field="train.run_dir") from error
     return directory, None
 
 
@@ -185,7 +186,9 @@ def _check_rows(rows: list[Example], config: Config) -> None:
     ])  # fmt: skip
 
 
-def _check_prompts(prompts: PromptCache, train: list[Example], held_out: dict[str, list[Example]], config: Config) -> None:
+def _check_prompts(
+    prompts: PromptCache, train: list[Example], held_out: dict[str, list[Example]], config: Config
+) -> None:
     """Build every prompt once, so that none is found too long hours into the run; what fits stays in the cache."""
     privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
     problems = []
@@ -199,7 +202,7 @@ def _check_prompts(prompts: PromptCache, train: list[Example], held_out: dict[st
     raise_all(problems)
 
 
-def _weights(config: Config, last: Checkpoint | None) -> tuple:
+def _weights(config: Config, last: Checkpoint | None) -> tuple[Any, ...]:
     """Arguments of `load_model`: the weights of the checkpoint where there is one."""
     if last is None:
         return config.model, config.train.seed

@@ -85,7 +85,12 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, s
         loss = _reward_term(run, group, hidden, weights, normalise=True)
     else:
         loss = sft_loss(token_logprobs(hidden, head, responses.packed_tokens, objective.workspace_mib), weights)
-    sums.add(loss=loss.detach(), tokens=sum(responses.lengths), responses=len(responses.lengths), **_scores(group, run))
+    sums.add(
+        loss=loss.detach(),
+        tokens=sum(responses.lengths),
+        responses=len(responses.lengths),
+        **_scores(group, run),
+    )
     return loss
 
 

@@ -37,7 +37,11 @@ class Teacher(Protocol):
 
 
 def score(
-    teacher: Teacher, model: LanguageModel, prompts: list[Prompt], responses: Responses, share_prefix: bool = True
+    teacher: Teacher,
+    model: LanguageModel,
+    prompts: list[Prompt],
+    responses: Responses,
+    share_prefix: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Teacher hidden states (N, E) of the response tokens under the teacher's prompts, and its head.
 

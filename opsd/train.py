@@ -49,7 +49,14 @@ def train(config: Config, resume: bool = False) -> Run:
             if due(step + 1, config.evaluate.every, config.train.steps):
                 measure(run, step + 1)
             if due(step + 1, config.checkpoint.every, config.train.steps):
-                save(run.directory.checkpoints, step + 1, run.model, run.optimizer, run.teacher, config.checkpoint.keep)
+                save(
+                    run.directory.checkpoints,
+                    step + 1,
+                    run.model,
+                    run.optimizer,
+                    run.teacher,
+                    config.checkpoint.keep,
+                )
     write_report(run.directory)
     return run
 
@@ -65,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
     if args.resume is not None:
         config = _resumed(args.resume, file, words)
     elif file is None:
-        from opsd.affect.embedded import prepare  # builds data and a cold-started model where they are not cached
+        from opsd.affect.embedded import (
+            prepare,
+        )  # builds data and a cold-started model where they are not cached
 
         config = prepare(words)
     else:
@@ -86,7 +95,8 @@ def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     made = parser(
-        "python -m opsd.train", "On-policy self-distillation. Without a config file: the embedded multimodal job."
+        "python -m opsd.train",
+        "On-policy self-distillation. Without a config file: the embedded multimodal job.",
     )
     made.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder")
     made.add_argument("--ablation", choices=sorted(ABLATIONS), help="a comparison of the paper on the same budget")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from models import save_text_model
+
 from opsd.config import Config, load_config
 
 LABELS = ("sad", "happy", "angry")

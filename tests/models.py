@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a sad happy angry face voice low high is the clip shows <think> </think> <answer> </answer> : . , user assistant".split()
+WORDS = [
+    *("a", "sad", "happy", "angry", "face", "voice", "low", "high", "is", "the", "clip", "shows"),
+    *("<think>", "</think>", "<answer>", "</answer>", ":", ".", ",", "user", "assistant"),
+]
 SPECIAL = ["<pad>", "<unk>", "<end>", "<img>"]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
@@ -23,7 +26,11 @@ def save_text_model(folder: Path, seed: int = 0, tied: bool = True, **changes: o
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", additional_special_tokens=["<img>"]
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<end>",
+        additional_special_tokens=["<img>"],
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)

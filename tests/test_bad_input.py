@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from jobs import base_words, text_job
+
 from opsd import evaluate
 from opsd.train import main, train
 
@@ -48,12 +48,28 @@ def test_unknown_key_names_the_nearest(job, capsys):
     [
         ({"rationale": "  "}, ["rows.jsonl:3", "rationale"]),
         ({"label": "hapy"}, ["rows.jsonl:3", "label", "'hapy'", "happy"]),
-        ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}, ["rows.jsonl:3", "no.png"]),
-        ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "bad.png"}]}]}, ["rows.jsonl:3", "bad.png"]),
-        ({"prompt": [{"role": "user", "content": [{"type": "audio", "audio": "bad.png"}]}]}, ["rows.jsonl:3", "bad.png"]),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]},
+            ["rows.jsonl:3", "no.png"],
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "bad.png"}]}]},
+            ["rows.jsonl:3", "bad.png"],
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "audio", "audio": "bad.png"}]}]},
+            ["rows.jsonl:3", "bad.png"],
+        ),
         ({"prompt": "a " * 80}, ["rows.jsonl:3", "60", "8"]),
     ],
-    ids=["empty rationale", "label", "missing medium", "undecodable image", "undecodable audio", "long prompt"],
+    ids=[
+        "empty rationale",
+        "label",
+        "missing medium",
+        "undecodable image",
+        "undecodable audio",
+        "long prompt",
+    ],
 )
 def test_a_bad_row_is_named_before_the_first_step(job, capsys, changes, expected):
     (job / "bad.png").write_bytes(b"this is not an image")
@@ -81,7 +97,9 @@ def test_rows_without_what_the_objective_reads(job, capsys):
 def test_a_model_without_the_needed_head(job, capsys):
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
     LlamaModel(config).save_pretrained(job / "headless")
     assert main([str(job / "job.yaml"), *base_words(job), f"model.path={job / 'headless'}"]) == 2
     err = capsys.readouterr().err
@@ -151,7 +169,9 @@ def test_evaluate_writes_answers_without_reading_rationales(job, capsys):
     train(text_job(job, "train.steps=1"))
     rows = [json.loads(text) for text in (job / "rows.jsonl").read_text().splitlines()]
     bare = job / "bare.jsonl"
-    bare.write_text("".join(json.dumps({"id": r["id"], "prompt": r["prompt"], "label": r["label"]}) + "\n" for r in rows))
+    bare.write_text(
+        "".join(json.dumps({"id": r["id"], "prompt": r["prompt"], "label": r["label"]}) + "\n" for r in rows)
+    )
     assert evaluate.main([str(job / "run"), "--data", str(bare)]) == 0
     assert "accuracy without rationale" in capsys.readouterr().out
     answers = [json.loads(text) for text in (job / "run" / "predictions-bare.jsonl").read_text().splitlines()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from jobs import text_job
+
 from opsd.data import read_examples
 from opsd.engine import Responses, collate, response_hidden
 from opsd.model import load_model
@@ -21,10 +21,10 @@ def setting(tmp_path_factory):
     return model, [builder.student(e) for e in examples[:3]]
 
 
-def responses_of(lengths, per_prompt, device=torch.device("cpu")):
+def responses_of(lengths, per_prompt):
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in lengths]
-    return Responses.pack(tokens, per_prompt, 0, device)
+    return Responses.pack(tokens, per_prompt, 0, torch.device("cpu"))
 
 
 def relative(a, b):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from jobs import text_job
+
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
 from opsd.objectives.reward import group_normalised, reward_loss
@@ -64,7 +64,9 @@ def test_micro_batches_add_up(opened, tmp_path):
     """Two passes of two prompts have the loss and gradient of one pass of four."""
     totals = []
     for width in (2, 4):
-        with open_run(text_job(tmp_path, f"engine.prompts_per_pass={width}", f"train.run_dir={tmp_path / str(width)}")) as run:
+        with open_run(
+            text_job(tmp_path, f"engine.prompts_per_pass={width}", f"train.run_dir={tmp_path / str(width)}")
+        ) as run:
             run.model.module.zero_grad()
             sums = Sums()
             for rows in run.passes(0):
@@ -112,7 +114,9 @@ def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(open
         states = response_hidden(run.model, group.prompts, group.responses)
         logprobs = token_logprobs(states, run.model.head, group.responses.packed_tokens)
         owners = [e for e in group.examples for _ in range(3)]
-        rewards = torch.tensor([1.0 + float(e.label == "sad") for e in owners])  # format, and accuracy where sad is right
+        rewards = torch.tensor(
+            [1.0 + float(e.label == "sad") for e in owners]
+        )  # format, and accuracy where sad is right
         weights = group.responses.token_weights / 12  # 4 prompts x 3 responses a step
         term = reward_loss(logprobs, rewards, group.responses.lengths, weights).item()
     assert losses[0.2] - losses[0.0] == pytest.approx(0.2 * term, rel=1e-4)
@@ -153,7 +157,11 @@ def test_sft_loss_is_the_mean_negative_logprob_of_the_rows_answers(opened):
 def test_teacher_view_fraction_of_sft(opened, tmp_path):
     counts = []
     for fraction in (0.0, 0.5, 1.0):
-        words = ["objective.kind=sft", f"objective.teacher_view_fraction={fraction}", f"train.run_dir={tmp_path / str(fraction)}"]
+        words = [
+            "objective.kind=sft",
+            f"objective.teacher_view_fraction={fraction}",
+            f"train.run_dir={tmp_path / str(fraction)}",
+        ]
         with open_run(text_job(tmp_path, *words)) as run:
             lengths = [
                 (p.length, run.prompts.teacher(e).length)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import base_words, text_job
 from safetensors.torch import load_file
 
-from jobs import base_words, text_job
 from opsd import checkpoint
 from opsd.errors import InputError
 from opsd.run import with_run_dir

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from jobs import text_job
+
 from opsd.data import read_examples
 from opsd.model import load_model
 from opsd.objectives.logprobs import token_logprobs

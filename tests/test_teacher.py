@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from jobs import text_job
+
 from opsd.config import TeacherConfig
 from opsd.data import read_examples
 from opsd.engine import Responses, response_hidden

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the rows' own answers: the cold start, and the SFT ablation.
 
-    L = - mean over rows of (1 / T) sum_t log pi(a_t | c, a_<t)
+L = - mean over rows of (1 / T) sum_t log pi(a_t | c, a_<t)
 """
 
 from __future__ import annotations

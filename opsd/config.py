@@ -58,9 +58,7 @@ __all__ = [
 COMMAND_LINE = "command line"
 
 
-def load_config(
-    path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None
-) -> Config:
+def load_config(path: Path | None, overrides: Sequence[str] = (), base: dict[str, Any] | None = None) -> Config:
     """The config of a run: defaults < `base` < the file < `overrides`.
 
     base: {section: {key: value}} of a built-in job. Raises `InputError`, all problems in one message.

@@ -24,9 +24,7 @@ class Source:
     line: int | None = None
 
 
-def problems(
-    error: ValidationError, values: dict[str, Any], sources: dict[Place, Source]
-) -> list[InputError]:
+def problems(error: ValidationError, values: dict[str, Any], sources: dict[Place, Source]) -> list[InputError]:
     """pydantic's findings as InputErrors: one per field, the alternatives of a union joined by "or"."""
     found: dict[Place, list[Any]] = {}
     for detail in error.errors():
@@ -39,9 +37,7 @@ def problems(
     return sorted(said, key=lambda problem: problem.line or 0)
 
 
-def _problem(
-    place: Place, details: list[Any], values: dict[str, Any], sources: dict[Place, Source]
-) -> InputError:
+def _problem(place: Place, details: list[Any], values: dict[str, Any], sources: dict[Place, Source]) -> InputError:
     source = next(sources[place[:n]] for n in (2, 1, 0) if place[:n] in sources)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
     hint: str | None = None
@@ -102,9 +98,7 @@ def _expected(detail: Any) -> str:
 
 
 def _value_hint(details: list[Any], value: Any) -> str | None:
-    literal = next(
-        (detail["ctx"]["expected"] for detail in details if detail["type"] == "literal_error"), None
-    )
+    literal = next((detail["ctx"]["expected"] for detail in details if detail["type"] == "literal_error"), None)
     if literal is not None:
         return did_you_mean(value, [part.strip("' ") for part in literal.replace(" or ", ",").split(",")])
     if any(detail["type"] == "string_type" for detail in details):

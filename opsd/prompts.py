@@ -42,15 +42,11 @@ class PromptBuilder:
         tokenizer = processor.tokenizer if self.multimodal else processor
         self.extractor = getattr(processor, "feature_extractor", None)
         self.special = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
-        self.special |= {
-            getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")
-        }
+        self.special |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")}
         self.special.discard("")
         rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
         if rate != media.sampling_rate:
-            raise InputError(
-                f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate"
-            )
+            raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
 
     def student(self, example: Example) -> Prompt:
         """The prompt without privilege."""
@@ -116,9 +112,7 @@ class PromptBuilder:
         if not self.multimodal:
             if images or sounds:
                 raise example.problem("prompt", "text only, as the model has no processor for media", "media")
-            messages = [
-                {"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages
-            ]
+            messages = [{"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         extra: dict[str, Any] = {}
         if images:

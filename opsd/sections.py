@@ -86,7 +86,6 @@ class PromptsConfig(Section):
     max_prompt_tokens: int = Field(
         default=24576, ge=1, description="Longer prompts are an error, never truncated (tokens)."
     )
-
     cache_mib: int = Field(
         default=512, ge=0, description="Host memory for rendered prompts and their media (MiB); 0 keeps none."
     )

@@ -80,18 +80,14 @@ def test_words_may_come_in_any_order_among_flags() -> None:
     seen: list[argparse.Namespace] = []
     made = parser("opsd.train", "Trains.")
     made.add_argument("--resume", type=Path)
-    assert (
-        guard(seen.append, made, ["optim.lr=1", "--resume", "runs/a", "job.yaml", "--debug", "a.b=c=d"]) == 0
-    )
+    assert guard(seen.append, made, ["optim.lr=1", "--resume", "runs/a", "job.yaml", "--debug", "a.b=c=d"]) == 0
     assert split_words(seen[0].words) == (Path("job.yaml"), ["optim.lr=1", "a.b=c=d"])
     assert seen[0].resume == Path("runs/a")
     assert split_words([]) == (None, [])
 
 
 def test_two_config_files_are_one_too_many() -> None:
-    with pytest.raises(
-        InputError, match=r"command line: expected at most one config file; found a\.yaml, lr "
-    ):
+    with pytest.raises(InputError, match=r"command line: expected at most one config file; found a\.yaml, lr "):
         split_words(["a.yaml", "lr"])
 
 

@@ -66,9 +66,7 @@ def test_relative_paths_belong_to_the_file_or_the_working_directory(
     assert load_config(file, ["model.path=org/name"]).model.path == "org/name"  # a hub id stays one
 
 
-def test_what_is_dumped_loads_back_equal_from_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_dumped_loads_back_equal_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [
         "model.path=./weights",
         "data.labels=[happy, 'no', traurig äöü]",
@@ -180,8 +178,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "teacher:\n  kind: emma\n",
-            "run.yaml:4: field 'teacher.kind': expected one of ema, frozen, live; found 'emma' (did "
-            "you mean 'ema'?)",
+            "run.yaml:4: field 'teacher.kind': expected one of ema, frozen, live; found 'emma' (did you mean 'ema'?)",
         ),
         (
             "teacher:\n  mu: 1\n",
@@ -193,8 +190,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "teacher:\n  lora_average: factors\n",
-            "run.yaml:4: field 'teacher.lora_average': expected dense when model.adapter is not "
-            "lora; found 'factors'",
+            "run.yaml:4: field 'teacher.lora_average': expected dense when model.adapter is not lora; found 'factors'",
         ),
         (
             "objective:\n  beta: 1\n",
@@ -203,8 +199,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "objective:\n  teacher_view_fraction: 0.5\n",
-            "run.yaml:4: field 'objective.teacher_view_fraction': expected 0 for objective.kind "
-            "distill; found 0.5",
+            "run.yaml:4: field 'objective.teacher_view_fraction': expected 0 for objective.kind distill; found 0.5",
         ),
         (
             "engine:\n  prompts_per_pass: 0\n",
@@ -217,8 +212,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "prompts:\n  subtitle_template: x\n",
-            "run.yaml:4: field 'prompts.subtitle_template': expected a template that contains "
-            "{subtitle}; found 'x'",
+            "run.yaml:4: field 'prompts.subtitle_template': expected a template that contains {subtitle}; found 'x'",
         ),
         (
             "model: {path: [}\n",
@@ -269,9 +263,7 @@ def test_all_problems_come_at_once_in_file_order(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "found"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"- 1\n", "[1]")]
-)
+@pytest.mark.parametrize(("content", "found"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"- 1\n", "[1]")])
 def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, found: str) -> None:
     path = tmp_path / "run.yaml"
     if content is not None:

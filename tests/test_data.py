@@ -23,8 +23,7 @@ ROW: dict[str, Any] = {
 
 def write(folder: Path, *rows: dict[str, Any] | str | bytes) -> Path:
     lines = [
-        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
-        for row in rows
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
     ]
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -93,9 +92,7 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
     path = write(tmp_path, row)
     assert read_examples(path, LABELS, held_out=True)[0].rationale is None
     assert read_examples(path, DataConfig(require_rationale=False))[0].rationale is None
-    assert "rows.jsonl:1: field 'rationale': expected text that is not empty; found nothing" in refusal(
-        tmp_path, row
-    )
+    assert "rows.jsonl:1: field 'rationale': expected text that is not empty; found nothing" in refusal(tmp_path, row)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +148,7 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
         ),
         (
             chat({"type": "text", "text": "?"}, role="usr"),
-            ": field 'prompt[0].role': expected one of system, user, assistant; found 'usr' (did "
-            "you mean 'user'?)",
+            ": field 'prompt[0].role': expected one of system, user, assistant; found 'usr' (did you mean 'user'?)",
         ),
         (
             chat({"type": "text", "text": "?"}, role="assistant"),
@@ -165,8 +161,7 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
         ),
         (
             chat("?"),
-            ": field 'prompt[0].content[0]': expected a part whose type is one of text, image, "
-            "audio; found text",
+            ": field 'prompt[0].content[0]': expected a part whose type is one of text, image, audio; found text",
         ),
         (
             chat({"type": "image", "path": "a.png"}),
@@ -174,8 +169,7 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
         ),
         (
             chat({"type": "image", "image": "https://x.org/a.png"}),
-            ": field 'prompt[0].content[0].image': expected the path of a local file; found "
-            "'https://x.org/a.png'",
+            ": field 'prompt[0].content[0].image': expected the path of a local file; found 'https://x.org/a.png'",
         ),
         (
             chat({"type": "image", "image": "no.png"}),

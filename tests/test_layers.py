@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = [
     "errors",
     "sections config_problems config cli processing",
-    "data media prompts prompt_cache packing attention prefix_cache model engine rewards plan",
+    "rows data media prompts prompt_cache packing attention prefix_cache model engine rewards plan",
     "rollout teacher objectives optim log",
     "checkpoint run step evaluate report ablations",
     "affect integrations",
@@ -46,9 +46,7 @@ def test_layers_point_one_way() -> None:
     allowed = {"torch", "triton", "opsd_kernels"} | sys.stdlib_module_names
     for module, names in imports(ROOT / "kernels" / "opsd_kernels").items():
         assert {name.split(".")[0] for name in names} <= allowed, module
-    assert not (ROOT / "kernels" / "__init__.py").exists(), (
-        "it would shadow the package `kernels` of transformers"
-    )
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the package `kernels` of transformers"
 
 
 def test_arrows_inside_opsd_point_down_and_never_round() -> None:
@@ -64,9 +62,7 @@ def test_arrows_inside_opsd_point_down_and_never_round() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize(
-    ("modules", "loads"), [("opsd, opsd.config, opsd.data", ""), ("opsd_kernels", "torch")]
-)
+@pytest.mark.parametrize(("modules", "loads"), [("opsd, opsd.config, opsd.data", ""), ("opsd_kernels", "torch")])
 def test_imports_are_cheap(modules: str, loads: str) -> None:
     code = f"import sys, {modules}; print(*sorted({{'torch', 'transformers', 'triton'}} & set(sys.modules)))"
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

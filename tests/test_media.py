@@ -24,9 +24,7 @@ def examples(folder: Path, *names: str) -> list[Example]:
     for i, name in enumerate(names):
         kind = kinds[Path(name).suffix]
         content = f'[{{"type": "text", "text": "?"}}, {{"type": "{kind}", "{kind}": "{name}"}}]'
-        lines.append(
-            f'{{"id": "{i}", "rationale": "r", "prompt": [{{"role": "user", "content": {content}}}]}}'
-        )
+        lines.append(f'{{"id": "{i}", "rationale": "r", "prompt": [{{"role": "user", "content": {content}}}]}}')
     rows.write_text("\n".join(lines))
     return read_examples(rows, DataConfig())
 
@@ -60,9 +58,7 @@ def test_images_are_rgb_and_upright(tmp_path: Path) -> None:
 def test_bad_images(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"not a picture")
-    with pytest.raises(
-        InputError, match=r"a\.png: expected an image that can be decoded; found cannot identify image"
-    ):
+    with pytest.raises(InputError, match=r"a\.png: expected an image that can be decoded; found cannot identify image"):
         load_image(path)
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -97,13 +93,9 @@ def test_verify_media_reports_every_bad_file_with_its_row(tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         verify_media(rows, MediaConfig())
     first, second = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
-    assert first.startswith(
-        "rows.jsonl:2: field 'prompt[0].content[1].image': expected an image that can be decoded; "
-    )
+    assert first.startswith("rows.jsonl:2: field 'prompt[0].content[1].image': expected an image that can be decoded; ")
     assert first.endswith(" in bad.jpg")
-    assert second.startswith(
-        "rows.jsonl:4: field 'prompt[0].content[1].audio': expected sound that can be decoded; "
-    )
+    assert second.startswith("rows.jsonl:4: field 'prompt[0].content[1].audio': expected sound that can be decoded; ")
     assert second.endswith(" in bad.wav")
     verify_media(rows, MediaConfig(verify=False))
     verify_media([rows[0], rows[2]], MediaConfig())

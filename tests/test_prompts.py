@@ -27,9 +27,7 @@ class Tokenizer:
         assert (tokenize, add_generation_prompt) == (False, True)
         return "".join(f"{m['role']}: {m['content']}<end>" for m in messages) + "assistant: "
 
-    def __call__(
-        self, text: list[str], return_tensors: str, add_special_tokens: bool
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, text: list[str], return_tensors: str, add_special_tokens: bool) -> dict[str, torch.Tensor]:
         assert (return_tensors, add_special_tokens, len(text)) == ("pt", False, 1)
         ids = torch.tensor([[ord(char) for char in text[0]]])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -72,9 +70,7 @@ def test_privilege_chooses_what_the_teacher_sees() -> None:
     assert none.teacher(row).text == none.student(row).text
     label = builder(privilege="label", label_template="It is {label}.").teacher(row).text
     assert label == "user: How does she feel?\n\nIt is happy.<end>assistant: "
-    braces = (
-        builder(teacher_template="{rationale} {x}").teacher(example(rationale="{label} {rationale}")).text
-    )
+    braces = builder(teacher_template="{rationale} {x}").teacher(example(rationale="{label} {rationale}")).text
     assert braces == "user: How does she feel?\n\n{label} {rationale} {x}<end>assistant: "
 
 
@@ -82,10 +78,7 @@ def test_subtitles_can_be_left_out_and_a_given_system_message_stays() -> None:
     assert "Great" not in builder(subtitle_template=None).student(example(subtitle="Great.")).text
     row = example()
     row.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": "Mine."}]})
-    assert (
-        builder(system="Yours.").student(row).text
-        == "system: Mine.<end>user: How does she feel?<end>assistant: "
-    )
+    assert builder(system="Yours.").student(row).text == "system: Mine.<end>user: How does she feel?<end>assistant: "
 
 
 def refusal(views: PromptBuilder, row: Example, view: str = "student") -> str:
@@ -114,9 +107,7 @@ def test_a_prompt_over_the_limit_is_refused_not_cut() -> None:
 )
 def test_special_tokens_in_a_rows_text_are_refused(fields: dict[str, str], view: str, field: str) -> None:
     views = builder(privilege="label" if "label" in fields else "rationale")
-    message = (
-        f"rows.jsonl:7: field '{field}': expected text without the model's special tokens; found '<end>'"
-    )
+    message = f"rows.jsonl:7: field '{field}': expected text without the model's special tokens; found '<end>'"
     assert refusal(views, example(**fields), view) == message
 
 
@@ -128,9 +119,7 @@ def test_special_tokens_in_the_prompt_name_the_part() -> None:
 def test_a_view_without_its_privilege_and_media_without_a_processor_are_refused(tmp_path: Path) -> None:
     for privilege in ("rationale", "label"):
         message = refusal(builder(privilege=privilege), example(rationale=None, label=None), "teacher")
-        assert message.startswith(
-            f"rows.jsonl:7: field '{privilege}': expected text that is not empty; found nothing"
-        )
+        assert message.startswith(f"rows.jsonl:7: field '{privilege}': expected text that is not empty; found nothing")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     message = refusal(builder(), example({"type": "image", "image": tmp_path / "a.png"}))
     assert message.startswith("rows.jsonl:7: field 'prompt': expected text only")
@@ -176,10 +165,7 @@ def clip(tmp_path: Path) -> Example:
 def test_the_real_processor_gives_both_views(omni: Any, clip: Example) -> None:
     views = builder(omni)
     student, teacher = views.student(clip), views.teacher(clip)
-    ids = {
-        kind: omni.tokenizer.convert_tokens_to_ids(getattr(omni, f"{kind}_token"))
-        for kind in ("image", "audio")
-    }
+    ids = {kind: omni.tokenizer.convert_tokens_to_ids(getattr(omni, f"{kind}_token")) for kind in ("image", "audio")}
     counts = {kind: int((student.inputs["input_ids"] == token).sum()) for kind, token in ids.items()}
     grid = student.inputs["image_grid_thw"]
     assert counts["image"] == int(grid.prod()) // 4
@@ -188,13 +174,9 @@ def test_the_real_processor_gives_both_views(omni: Any, clip: Example) -> None:
     assert student.inputs["attention_mask"].all()
     assert teacher.inputs["image_grid_thw"].shape[0] == 2
     assert int((teacher.inputs["input_ids"] == ids["image"]).sum()) == 2 * counts["image"]
-    torch.testing.assert_close(
-        teacher.inputs["input_features"], student.inputs["input_features"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(teacher.inputs["input_features"], student.inputs["input_features"], rtol=0, atol=0)
     patches = student.inputs["pixel_values"].shape[0]
-    torch.testing.assert_close(
-        teacher.inputs["pixel_values"][:patches], student.inputs["pixel_values"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(teacher.inputs["pixel_values"][:patches], student.inputs["pixel_values"], rtol=0, atol=0)
 
     tail = omni.tokenizer("<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")["input_ids"].shape[1]
     shared = student.length - tail  # up to the end of the user's turn the views are the same
@@ -212,7 +194,5 @@ def test_media_tokens_in_text_and_cut_audio_are_refused(omni: Any, tmp_path: Pat
     path = write_wav(tmp_path / "long.wav", np.zeros(24000))  # the tiny extractor holds one second
     message = refusal(builder(omni), example({"type": "audio", "audio": path}))
     assert message == f"rows.jsonl:7: field 'prompt': expected at most 1 s of audio; found 1.5 s in {path}"
-    with pytest.raises(
-        InputError, match=r"field 'media.sampling_rate': expected 16000, the model's own; found 8000"
-    ):
+    with pytest.raises(InputError, match=r"field 'media.sampling_rate': expected 16000, the model's own; found 8000"):
         PromptBuilder(omni, PromptsConfig(), MediaConfig(sampling_rate=8000))

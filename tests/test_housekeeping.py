@@ -1,0 +1,34 @@
+"""What the documents promise about the repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    blocks = re.findall(r"^(?:requires|dependencies|test) = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3, "build, run and test requirements"
+    names = {re.split(r"[<>=;\[ ]", text)[0] for block in blocks for text in re.findall(r'"(.*?)"', block)}
+    assert {"torch", "setuptools", "pytest"} <= names
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Dependencies")[1].split("\n## ")[0]
+    missing = {name for name in names if not re.search(rf"\b{re.escape(name)}\b", table)}
+    assert not missing, f"say in CONTRIBUTING.md what these are for: {missing}"
+
+
+@pytest.mark.parametrize("name", ["test", "run"])
+def test_the_readme_has_the_commands_that_ci_runs(name: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(rf"^<!-- ci: {name} -->\n```bash\n(?:[^`].*\n)+```$", readme, re.MULTILINE)) == 1
+
+
+def test_the_version_is_said_once() -> None:
+    import opsd
+
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{opsd.__version__}"' in project or 'dynamic = ["version"]' in project

@@ -83,7 +83,8 @@ def _save_model(model: LanguageModel, folder: Path) -> None:
         model.module.save_pretrained(folder, save_embedding_layers=False)
     else:
         model.module.save_pretrained(folder)
-    model.processor.save_pretrained(folder)
+    for name, content in model.processor_files.items():
+        (folder / name).write_bytes(content)
 
 
 def _trainer_state(optimizer: Optimizer, teacher: Teacher) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_examples(args.data, config.data, held_out=True)
     if config.media.verify:
         verify_media(rows, config.media)
-    model = load_trained(config.model, last.path)
+    model = load_model(config.model, checkpoint=last.path)
     prompts = PromptBuilder(model.processor, config.prompts, config.media)
     texts = answer(
         model,
@@ -96,13 +96,6 @@ def run(args: argparse.Namespace) -> None:
         right = sum(int(accuracy(text, row.label)) for row, text in labelled)
         print(f"accuracy without rationale: {percent(wilson(right, len(labelled)))}")
     print(f"answers: {out}")
-
-
-def load_trained(config: Any, path: Path) -> LanguageModel:
-    """The student of a checkpoint: full weights, or the base with the trained adapter."""
-    if config.adapter == "lora":
-        return load_model(config, adapter_from=path)
-    return load_model(config.model_copy(update={"path": str(path)}))
 
 
 def _write(out: Path, rows: list[Example], texts: list[str]) -> None:

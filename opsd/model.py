@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from opsd.config import ModelConfig
 from opsd.errors import InputError
-
-_log = logging.getLogger(__name__)
 
 # Attributes by which a family changes its logits after the head. The loss sees head(hidden) only, so such a
 # family would be trained on another distribution than it samples from.
@@ -37,9 +34,10 @@ class LanguageModel:
     Student, teacher and rollout all run on this one set of weights (architecture.md, decision 1).
     """
 
-    def __init__(self, module: Any, processor: Any, config: ModelConfig):
+    def __init__(self, module: Any, processor: Any, processor_files: dict[str, bytes], config: ModelConfig):
         self.module = module
         self.processor = processor
+        self.processor_files = processor_files
         self.config = config
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
@@ -110,75 +108,65 @@ class LanguageModel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
 
-def load_model(config: ModelConfig, seed: int = 0, adapter_from: Path | None = None) -> LanguageModel:
-    """Load model and processor from a folder or a hub id, freeze what the config freezes, add the adapter.
+def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = None) -> LanguageModel:
+    """Load model and processor from a folder or hub id, freeze what the config freezes, add the adapter.
 
-    adapter_from: a saved adapter to continue instead of a fresh one. Raises InputError for a path that holds no
-    model, a model without an output head, or one that changes its logits after the head.
+    seed: of a fresh adapter. checkpoint: a folder with trained weights, or a trained adapter, to take instead of the
+    starting ones. Raises InputError for a path that holds no model, a model without an output head, or one that
+    changes its logits after the head.
     """
-    from opsd.processing import load_processor
+    from opsd.processing import load_processor, read_processor_files
 
-    hf_config = _read(lambda auto: auto.AutoConfig, config, "a model folder or hub id")
-    module = _model_class(hf_config, config)
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32
-    module = module.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)
-    _check_head(module, config.path)
+    lora = config.adapter == "lora"
+    source = config.path if checkpoint is None or lora else str(checkpoint)
+    module = _model_class(source, config).from_pretrained(
+        source,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" and lora else torch.float32,
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    _check_head(module, source)
     _freeze(module, config.freeze)
-    if config.adapter == "lora":
-        torch.manual_seed(seed)
-        module = _add_lora(module, config, adapter_from)
+    if lora:
+        module = _add_lora(module, config, seed, checkpoint)
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
-    processor = load_processor(config.path, trust_remote_code=config.trust_remote_code)
-    return LanguageModel(module.eval(), processor, config)
+    processor = load_processor(source, trust_remote_code=config.trust_remote_code)
+    return LanguageModel(module.to(device).eval(), processor, read_processor_files(source), config)
 
 
-def _read(pick: Any, config: ModelConfig, expected: str) -> Any:
-    import transformers
-
-    try:
-        return pick(transformers).from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            field="model.path", expected=expected, found=f"{config.path!r} ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _model_class(hf_config: Any, config: ModelConfig) -> Any:
+def _model_class(path: str, config: ModelConfig) -> Any:
     """The class the checkpoint names; a full Omni checkpoint is opened as its thinker."""
     import transformers
 
-    names = {"Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"}
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        found = f"{path!r} ({str(error).splitlines()[0]})"
+        raise InputError("a model folder or hub id", found, field="model.path") from error
     architecture = (hf_config.architectures or ["(none)"])[0]
-    if architecture in names:
+    if architecture in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
     cls = getattr(transformers, architecture, None)
     if cls is None:
-        raise InputError(
-            field="model.path",
-            expected="an architecture known to transformers",
-            found=f"{architecture} in {config.path}",
-        )
+        found = f"{architecture} in {path}"
+        raise InputError("an architecture known to transformers", found, field="model.path")
     return cls
 
 
 def _check_head(module: Any, path: str) -> None:
+    name = type(module).__name__
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise InputError(
-            field="model.path",
-            expected="a model with an output head (a causal language model)",
-            found=f"{type(module).__name__} in {path}, which has none",
-        )
+        found = f"{name} in {path}, which has none"
+        raise InputError("a model with an output head (a causal language model)", found, field="model.path")
     if getattr(head, "bias", None) is not None:
-        raise InputError(field="model.path", expected="a head without bias", found=f"{type(module).__name__} with one")
+        raise InputError("an output head without bias", f"{name}, which has one", field="model.path")
     text_config = module.config.get_text_config()
-    for name in _LOGIT_TRANSFORMS:
-        if getattr(text_config, name, None) not in (None, 1, 1.0):
+    for key in _LOGIT_TRANSFORMS:
+        value = getattr(text_config, key, None)
+        if value not in (None, 1, 1.0):
             raise InputError(
-                field="model.path",
-                expected="logits that are head(hidden), nothing after it",
-                found=f"{type(module).__name__} with {name}={getattr(text_config, name)}",
+                "logits that are head(hidden), nothing after it", f"{name} with {key}={value}", field="model.path"
             )
 
 
@@ -186,42 +174,39 @@ def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
     names = [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
-            parts = sorted({".".join(name.split(".")[:1]) for name in names})
-            raise InputError(
-                field="model.freeze",
-                expected=f"a prefix of a parameter name ({', '.join(parts)} ...)",
-                found=repr(prefix),
-            )
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise InputError(f"the beginning of a parameter's name ({parts}, ...)", repr(prefix), field="model.freeze")
     for name, parameter in module.named_parameters():
         if name.startswith(prefixes):
             parameter.requires_grad_(False)
 
 
-def _add_lora(module: Any, config: ModelConfig, adapter_from: Path | None) -> Any:
+def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | None) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if adapter_from is not None:
-        return PeftModel.from_pretrained(module, adapter_from, is_trainable=True)
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
     targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        exclude_modules=_towers(module) or None,
+        exclude_modules=_outside_decoder(module),
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(seed)
     peft_model = get_peft_model(module, lora)
     if type(peft_model.get_base_model().get_output_embeddings()) is not nn.Linear:
-        raise InputError(field="model.lora_targets", expected="no adapter on the output head", found=str(targets))
+        raise InputError("no adapter on the output head", str(targets), field="model.lora_targets")
     return peft_model
 
 
-def _towers(module: Any) -> str:
+def _outside_decoder(module: Any) -> str | None:
     """A pattern of everything outside the decoder: perception towers keep their weights under LoRA."""
-    decoder = module.get_decoder()
-    inside = next((name for name, child in module.named_modules() if child is decoder), "")
-    return rf"^(?!{inside}\.).*$" if inside else ""
+    decoder: Any = module.get_decoder()
+    name = next((name for name, child in module.named_modules() if child is decoder), "")
+    return rf"^(?!{name}\.).*$" if name else None
 
 
 def _end_ids(module: Any, tokenizer: Any) -> list[int]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,7 +87,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     _check_rows(train, config)
     verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
-    model = load_model(*_weights(config, last))
+    model = load_model(config.model, config.train.seed, last.path if last is not None else None)
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     _check_prompts(prompts, train, held_out, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
@@ -200,12 +198,3 @@ def _check_prompts(
         except InputError as error:
             problems.append(error)
     raise_all(problems)
-
-
-def _weights(config: Config, last: Checkpoint | None) -> tuple[Any, ...]:
-    """Arguments of `load_model`: the weights of the checkpoint where there is one."""
-    if last is None:
-        return config.model, config.train.seed
-    if config.model.adapter == "lora":
-        return config.model, config.train.seed, last.path
-    return config.model.model_copy(update={"path": os.fspath(last.path)}), config.train.seed

@@ -16,9 +16,9 @@ from opsd.cli import guard
 from opsd.config import load_config
 from opsd.data import Example, read_examples
 from opsd.errors import InputError, writing
-from opsd.media import verify_media
 from opsd.model import LanguageModel, load_model
-from opsd.prompts import Prompt, PromptBuilder
+from opsd.prompt_cache import PromptCache
+from opsd.prompts import Prompt, PromptBuilder, verify
 from opsd.rewards import accuracy, parse_answer
 from opsd.rollout import Sampling, decode, rollout
 
@@ -79,10 +79,9 @@ def run(args: argparse.Namespace) -> None:
     if last is None:
         raise InputError("a checkpoint to evaluate", "none", file=args.run_dir / "checkpoints")
     rows = read_examples(args.data, config.data, held_out=True)
-    if config.media.verify:
-        verify_media(rows, config.media)
     model = load_model(config.model, checkpoint=last.path)
-    prompts = PromptBuilder(model.processor, config.prompts, config.media)
+    prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
+    verify(prompts, rows, teacher=False)
     texts = answer(
         model,
         [prompts.student(row) for row in rows],

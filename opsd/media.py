@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -12,9 +9,7 @@ import numpy as np
 from av.error import FFmpegError
 from PIL import Image, ImageOps
 
-from opsd.config import MediaConfig
-from opsd.data import Example
-from opsd.errors import InputError, raise_all
+from opsd.errors import InputError
 
 
 def load_image(path: Path) -> Image.Image:
@@ -53,30 +48,6 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise InputError("sound that can be decoded", "samples that are not finite", file=path)
     return samples.astype(np.float32, copy=False)
-
-
-def verify_media(examples: Iterable[Example], config: MediaConfig) -> None:
-    """Decode every medium once and report all that fail, each with its row, unless config.verify is off."""
-    if not config.verify:
-        return
-    first_use: dict[tuple[str, Path], tuple[Example, str]] = {}
-    for example in examples:
-        for field, kind, path in example.media():
-            first_use.setdefault((kind, path), (example, field))
-
-    def problem(use: tuple[tuple[str, Path], tuple[Example, str]]) -> InputError | None:
-        (kind, path), (example, field) = use
-        try:
-            if kind == "image":
-                load_image(path)
-            else:
-                load_audio(path, config.sampling_rate)
-        except InputError as error:
-            return example.problem(field, error.expected, f"{error.found} in {path}")
-        return None
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        raise_all([found for found in pool.map(problem, first_use.items()) if found is not None])
 
 
 def _reason(error: BaseException) -> str:

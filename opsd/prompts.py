@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class PromptBuilder:
         rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
         if rate != media.sampling_rate:
             raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
+        self._decode = lru_cache(maxsize=16)(self._decode_file)  # the teacher's view follows the student's
 
     def student(self, example: Example) -> Prompt:
         """The prompt without privilege."""
@@ -70,18 +72,6 @@ class PromptBuilder:
             extra, text = [], self.config.label_template.replace("{label}", value)
         messages[-1]["content"] += [*extra, {"type": "text", "text": f"\n\n{text}"}]
         return self._build(example, messages)
-
-    def verify(self, examples: Iterable[Example], *, teacher: bool = True) -> None:
-        """Build every prompt once and report all that fail: too long, special tokens, no privilege."""
-        problems = []
-        for example in examples:
-            try:
-                self.student(example)
-                if teacher:
-                    self.teacher(example)
-            except InputError as error:
-                problems.append(error)
-        raise_all(problems)
 
     def _messages(self, example: Example) -> list[dict[str, Any]]:
         """A copy of the messages with the configured system message and the subtitle in it."""
@@ -107,8 +97,8 @@ class PromptBuilder:
 
     def _build(self, example: Example, messages: list[dict[str, Any]]) -> Prompt:
         parts = [part for message in messages for part in message["content"]]
-        images = [load_image(part["image"]) for part in parts if part["type"] == "image"]
-        sounds = [self._sound(example, part["audio"]) for part in parts if part["type"] == "audio"]
+        images = [self._medium(example, "image", part["image"]) for part in parts if part["type"] == "image"]
+        sounds = [self._medium(example, "audio", part["audio"]) for part in parts if part["type"] == "audio"]
         if not self.multimodal:
             if images or sounds:
                 raise example.problem("prompt", "text only, as the model has no processor for media", "media")
@@ -131,13 +121,39 @@ class PromptBuilder:
             )
         return prompt
 
-    def _sound(self, example: Example, path: Path) -> Any:
-        """(samples,) float32, refused when the feature extractor would cut it."""
-        sound = load_audio(path, self.media.sampling_rate)
-        longest = getattr(self.extractor, "n_samples", len(sound))
-        if len(sound) > longest:
-            rate = self.media.sampling_rate
-            raise example.problem(
-                "prompt", f"at most {longest / rate:g} s of audio", f"{len(sound) / rate:.1f} s in {path}"
-            )
-        return sound
+    def _medium(self, example: Example, kind: str, path: Path) -> Any:
+        """A decoded medium; a problem with it points at the field of the row that names it."""
+        try:
+            medium = self._decode(kind, path)
+            longest = getattr(self.extractor, "n_samples", None)
+            if kind == "audio" and longest is not None and len(medium) > longest:  # the extractor would cut it
+                rate = self.media.sampling_rate
+                raise InputError(f"at most {longest / rate:g} s of audio", f"{len(medium) / rate:.1f} s")
+        except InputError as error:
+            field = next(field for field, _, used in example.media() if used == path)
+            raise example.problem(field, error.expected, f"{error.found} in {path}") from error
+        return medium
+
+    def _decode_file(self, kind: str, path: Path) -> Any:
+        return load_image(path) if kind == "image" else load_audio(path, self.media.sampling_rate)
+
+
+class Views(Protocol):
+    """The two views of a row: a `PromptBuilder`, or one that remembers."""
+
+    def student(self, example: Example) -> Prompt: ...
+
+    def teacher(self, example: Example) -> Prompt: ...
+
+
+def verify(views: Views, examples: Iterable[Example], *, teacher: bool) -> None:
+    """Build every prompt once and report all rows that fail: media, length, special tokens, privilege."""
+    problems = []
+    for example in examples:
+        try:
+            views.student(example)
+            if teacher:
+                views.teacher(example)
+        except InputError as error:
+            problems.append(error)
+    raise_all(problems)

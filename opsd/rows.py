@@ -161,7 +161,7 @@ class RowParser:
         return tuple(self._medium(f"teacher_images[{i}]", item) for i, item in enumerate(value))
 
     def _medium(self, field: str, value: Any) -> Path:
-        """The absolute path of a file that exists; whether it decodes, `opsd.media.verify_media` says."""
+        """The absolute path of a file that exists; whether it decodes, `opsd.prompts.verify` says."""
         name = self._text(field, value)
         path = (self.file.parent / Path(name).expanduser()).absolute() if name else self.file
         if "://" in name:

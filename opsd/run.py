@@ -17,11 +17,10 @@ from opsd.config import Config, dump_config, load_config
 from opsd.data import Example, order, read_examples
 from opsd.errors import InputError, raise_all
 from opsd.log import Clock, Progress, RunDir, make_progress
-from opsd.media import verify_media
 from opsd.model import LanguageModel, load_model
 from opsd.optim import Optimizer
 from opsd.prompt_cache import PromptCache
-from opsd.prompts import PromptBuilder
+from opsd.prompts import PromptBuilder, verify
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 
 # What a resumed run may change: none of it moves a metric that is compared.
@@ -86,10 +85,12 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     _check_rows(train, config)
-    verify_media([*train, *(e for rows in held_out.values() for e in rows)], config.media)
     model = load_model(config.model, config.train.seed, last.path if last is not None else None)
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
-    _check_prompts(prompts, train, held_out, config)
+    if config.prompts.verify:  # what fits stays in the cache
+        privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
+        verify(prompts, train, teacher=privileged)
+        verify(prompts, [row for rows in held_out.values() for row in rows], teacher=False)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps)
     start = 0
@@ -182,19 +183,3 @@ def _check_rows(rows: list[Example], config: Config) -> None:
         for field, expected in needed.items()
         if getattr(row, field) is None
     ])  # fmt: skip
-
-
-def _check_prompts(
-    prompts: PromptCache, train: list[Example], held_out: dict[str, list[Example]], config: Config
-) -> None:
-    """Build every prompt once, so that none is found too long hours into the run; what fits stays in the cache."""
-    privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
-    problems = []
-    for example in [*train, *(row for rows in held_out.values() for row in rows)]:
-        try:
-            prompts.student(example)
-            if privileged and example.file == config.data.train:
-                prompts.teacher(example)
-        except InputError as error:
-            problems.append(error)
-    raise_all(problems)

@@ -86,6 +86,7 @@ class PromptsConfig(Section):
     max_prompt_tokens: int = Field(
         default=24576, ge=1, description="Longer prompts are an error, never truncated (tokens)."
     )
+    verify: bool = Field(default=True, description="Build every prompt, media decoded, before the first step.")
     cache_mib: int = Field(
         default=512, ge=0, description="Host memory for rendered prompts and their media (MiB); 0 keeps none."
     )
@@ -105,7 +106,6 @@ class PromptsConfig(Section):
 
 class MediaConfig(Section):
     sampling_rate: int = Field(default=16000, ge=1, description="Audio is resampled to this rate (Hz).")
-    verify: bool = Field(default=True, description="Decode every medium once before the first step.")
 
 
 class ModelConfig(Section):

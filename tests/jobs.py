@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from models import save_text_model
-
 from opsd.config import Config, load_config
+from tests.models import save_text_model
 
 LABELS = ("sad", "happy", "angry")
 

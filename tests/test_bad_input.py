@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs import base_words, text_job
 
 from opsd import evaluate
 from opsd.train import main, train
+from tests.jobs import base_words, text_job
 
 
 @pytest.fixture

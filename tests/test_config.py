@@ -149,8 +149,8 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
             "run.yaml:4: field 'optim.betas': expected two numbers in [0, 1); found [0.9, 1.0]",
         ),
         (
-            "media:\n  verify: 1\n",
-            "run.yaml:4: field 'media.verify': expected true or false; found 1",
+            "prompts:\n  verify: 1\n",
+            "run.yaml:4: field 'prompts.verify': expected true or false; found 1",
         ),
         (
             "model: 3\n",

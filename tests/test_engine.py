@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import text_job
 
 from opsd.data import read_examples
 from opsd.engine import Responses, collate, response_hidden
 from opsd.model import load_model
 from opsd.prompts import PromptBuilder
+from tests.jobs import text_job
 
 
 @pytest.fixture(scope="module")

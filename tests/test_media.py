@@ -8,25 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opsd.config import DataConfig, MediaConfig
-from opsd.data import Example, read_examples
 from opsd.errors import InputError
-from opsd.media import load_audio, load_image, verify_media
+from opsd.media import load_audio, load_image
 from tests.files import tone, write_wav
 
 RATE = 16000
-
-
-def examples(folder: Path, *names: str) -> list[Example]:
-    kinds = {".png": "image", ".jpg": "image", ".wav": "audio"}
-    rows = folder / "rows.jsonl"
-    lines = []
-    for i, name in enumerate(names):
-        kind = kinds[Path(name).suffix]
-        content = f'[{{"type": "text", "text": "?"}}, {{"type": "{kind}", "{kind}": "{name}"}}]'
-        lines.append(f'{{"id": "{i}", "rationale": "r", "prompt": [{{"role": "user", "content": {content}}}]}}')
-    rows.write_text("\n".join(lines))
-    return read_examples(rows, DataConfig())
 
 
 def test_audio_at_the_models_rate_is_the_file(tmp_path: Path) -> None:
@@ -82,20 +68,3 @@ def test_audio_files_without_sound(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match=r"b\.png: expected a file with sound; found no audio stream"):
         load_audio(tmp_path / "b.png", RATE)
-
-
-def test_verify_media_reports_every_bad_file_with_its_row(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    write_wav(tmp_path / "good.wav", tone(RATE, 300, 0.1))
-    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff")
-    (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    rows = examples(tmp_path, "good.png", "bad.jpg", "good.wav", "bad.wav", "bad.jpg")
-    with pytest.raises(InputError) as caught:
-        verify_media(rows, MediaConfig())
-    first, second = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
-    assert first.startswith("rows.jsonl:2: field 'prompt[0].content[1].image': expected an image that can be decoded; ")
-    assert first.endswith(" in bad.jpg")
-    assert second.startswith("rows.jsonl:4: field 'prompt[0].content[1].audio': expected sound that can be decoded; ")
-    assert second.endswith(" in bad.wav")
-    verify_media(rows, MediaConfig(verify=False))
-    verify_media([rows[0], rows[2]], MediaConfig())

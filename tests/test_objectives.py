@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import text_job
 
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
@@ -14,6 +13,7 @@ from opsd.run import open_run
 from opsd.sections import ObjectiveConfig
 from opsd.step import Sums, learn, sample, teach
 from opsd.teacher import score
+from tests.jobs import text_job
 
 
 def gradients(run, loss):

@@ -14,7 +14,7 @@ from PIL import Image
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
 from opsd.errors import InputError, InputErrors
-from opsd.prompts import PromptBuilder
+from opsd.prompts import PromptBuilder, verify
 from tests.files import tone, write_wav
 
 
@@ -128,9 +128,29 @@ def test_a_view_without_its_privilege_and_media_without_a_processor_are_refused(
 def test_verify_collects_the_problems_of_all_rows() -> None:
     rows = [example(), example(rationale=None), example(subtitle="<end>")]
     with pytest.raises(InputErrors) as caught:
-        builder().verify(rows)
+        verify(builder(), rows, teacher=True)
     assert [problem.field for problem in caught.value.problems] == ["rationale", "subtitle"]
-    builder().verify(rows[:2], teacher=False)
+    verify(builder(), rows[:2], teacher=False)
+
+
+def test_verify_names_the_field_of_every_medium_that_does_not_decode(tmp_path: Path, omni: Any) -> None:
+    (tmp_path / "bad.png").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    write_wav(tmp_path / "long.wav", tone(16000, 300, 1.5))
+    rows = [
+        example({"type": "image", "image": tmp_path / "bad.png"}),
+        example({"type": "text", "text": "?"}, {"type": "audio", "audio": tmp_path / "bad.wav"}),
+        example({"type": "audio", "audio": tmp_path / "long.wav"}),
+    ]
+    with pytest.raises(InputErrors) as caught:
+        verify(PromptBuilder(omni, PromptsConfig(), MediaConfig()), rows, teacher=False)
+    first, second, third = (str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems)
+    assert first.startswith("rows.jsonl:7: field 'prompt[0].content[0].image': expected an image that can be decoded; ")
+    assert first.endswith(" in bad.png")
+    assert second.startswith("rows.jsonl:7: field 'prompt[0].content[1].audio': expected sound that can be decoded; ")
+    assert third == (
+        "rows.jsonl:7: field 'prompt[0].content[0].audio': expected at most 1 s of audio; found 1.5 s in long.wav"
+    )
 
 
 @pytest.fixture(scope="module")

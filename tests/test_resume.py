@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import base_words, text_job
 from safetensors.torch import load_file
 
 from opsd import checkpoint
 from opsd.errors import InputError
 from opsd.run import with_run_dir
 from opsd.train import train
+from tests.jobs import base_words, text_job
 
 # What a clock or the process decides; everything else must repeat.
 MEASURED = ("seconds", "peak_memory_mib")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import text_job
 
 from opsd.data import read_examples
 from opsd.model import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
 from opsd.rollout import Sampling, choose, decode, rollout
+from tests.jobs import text_job
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jobs import text_job
 
 from opsd.config import TeacherConfig
 from opsd.data import read_examples
@@ -12,6 +11,7 @@ from opsd.engine import Responses, response_hidden
 from opsd.model import load_model
 from opsd.prompts import PromptBuilder
 from opsd.teacher import build_teacher, score
+from tests.jobs import text_job
 
 MU = 0.9
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ _FILES = (
 
 
 def read_processor_files(path: str | Path) -> dict[str, bytes]:
-    """The processor's files of a folder or hub id, by name. Training does not change them: a checkpoint gets them as is.
+    """The processor's files of a folder or hub id, by name. Training does not change them: a checkpoint gets copies.
 
     (`save_pretrained` would name our class without video, which plain transformers does not know.)
     """
@@ -69,7 +69,7 @@ class _NoVideo:
     """Stands where the video processor would be; the parent reads two attributes of it even without a video."""
 
     merge_size = 2
-    model_input_names: list[str] = []
+    model_input_names: ClassVar[list[str]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -136,7 +135,7 @@ def test_verify_collects_the_problems_of_all_rows() -> None:
 def test_verify_names_the_field_of_every_medium_that_does_not_decode(tmp_path: Path, omni: Any) -> None:
     (tmp_path / "bad.png").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    write_wav(tmp_path / "long.wav", tone(16000, 300, 1.5))
+    write_wav(tmp_path / "long.wav", tone(16000, 300, 1.5))  # the tiny extractor holds one second
     rows = [
         example({"type": "image", "image": tmp_path / "bad.png"}),
         example({"type": "text", "text": "?"}, {"type": "audio", "audio": tmp_path / "bad.wav"}),
@@ -209,10 +208,7 @@ def test_text_alone_goes_through_the_real_processor_too(omni: Any) -> None:
     assert set(prompt.inputs) == {"input_ids", "attention_mask"}
 
 
-def test_media_tokens_in_text_and_cut_audio_are_refused(omni: Any, tmp_path: Path) -> None:
+def test_media_tokens_in_text_and_another_sampling_rate_are_refused(omni: Any) -> None:
     assert "found '<|IMAGE|>'" in refusal(builder(omni), example(subtitle="<|IMAGE|>"))
-    path = write_wav(tmp_path / "long.wav", np.zeros(24000))  # the tiny extractor holds one second
-    message = refusal(builder(omni), example({"type": "audio", "audio": path}))
-    assert message == f"rows.jsonl:7: field 'prompt': expected at most 1 s of audio; found 1.5 s in {path}"
     with pytest.raises(InputError, match=r"field 'media.sampling_rate': expected 16000, the model's own; found 8000"):
         PromptBuilder(omni, PromptsConfig(), MediaConfig(sampling_rate=8000))

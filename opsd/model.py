@@ -196,7 +196,7 @@ def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | No
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    peft_model = get_peft_model(module, lora)
+    peft_model: Any = get_peft_model(module, lora)
     if type(peft_model.get_base_model().get_output_embeddings()) is not nn.Linear:
         raise InputError("no adapter on the output head", str(targets), field="model.lora_targets")
     return peft_model

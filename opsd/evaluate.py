@@ -18,7 +18,7 @@ from opsd.data import Example, read_examples
 from opsd.errors import InputError, writing
 from opsd.model import LanguageModel, load_model
 from opsd.prompt_cache import PromptCache
-from opsd.prompts import Prompt, PromptBuilder, verify
+from opsd.prompts import Prompt, PromptBuilder, can_teach, verify
 from opsd.rewards import accuracy, parse_answer
 from opsd.rollout import Sampling, decode, rollout
 
@@ -56,8 +56,7 @@ def measure(run: Any, step: int) -> None:
     for split, rows in run.held_out.items():
         rows = [row for row in rows if row.label is not None][: config.limit]
         views: dict[str, tuple[Any, AbstractContextManager[None]]] = {"student": (run.prompts.student, nullcontext())}
-        privilege = run.config.prompts.privilege
-        if config.teacher and (privilege == "none" or all(getattr(row, privilege) for row in rows)):
+        if config.teacher and can_teach(rows, run.config.prompts):
             views["teacher"] = (run.prompts.teacher, run.teacher.weights())
         for view, (build, weights) in views.items():
             with weights:

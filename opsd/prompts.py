@@ -42,6 +42,7 @@ class PromptBuilder:
         self.multimodal = hasattr(processor, "tokenizer")
         tokenizer = processor.tokenizer if self.multimodal else processor
         self.extractor = getattr(processor, "feature_extractor", None)
+        self.cuts_silence = "Omni" in type(processor).__name__
         self.special = {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
         self.special |= {getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "audio", "video")}
         self.special.discard("")
@@ -111,7 +112,8 @@ class PromptBuilder:
             extra |= {"audio": sounds, "sampling_rate": self.media.sampling_rate}
         # The template has written every special token that belongs there.
         out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
-        prompt = Prompt({name: torch.as_tensor(value) for name, value in out.items()}, text)
+        inputs = {name: torch.as_tensor(value) for name, value in out.items()}
+        prompt = Prompt(_without_silence(inputs) if self.cuts_silence else inputs, text)
         if prompt.length > self.config.max_prompt_tokens:
             raise example.problem(
                 "prompt",
@@ -136,6 +138,27 @@ class PromptBuilder:
 
     def _decode_file(self, kind: str, path: Path) -> Any:
         return load_image(path) if kind == "image" else load_audio(path, self.media.sampling_rate)
+
+
+def _without_silence(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the mel frames that only pad a clip to the extractor's limit (300 s in Qwen2.5-Omni, 15 MB a prompt).
+
+    Exact for the Omni families, whose towers select frames by this mask; others want the fixed length.
+    """
+    mask = inputs.get("feature_attention_mask")
+    if mask is None:
+        return inputs
+    frames = int(mask.sum(-1).max())
+    return {
+        **inputs,
+        "input_features": inputs["input_features"][..., :frames].contiguous(),
+        "feature_attention_mask": mask[..., :frames].contiguous(),
+    }
+
+
+def can_teach(examples: Iterable[Example], config: PromptsConfig) -> bool:
+    """Whether every row has what the teacher's view of the config shows."""
+    return config.privilege == "none" or all(getattr(example, config.privilege) for example in examples)
 
 
 class Views(Protocol):

@@ -20,7 +20,7 @@ from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.model import LanguageModel, load_model
 from opsd.optim import Optimizer
 from opsd.prompt_cache import PromptCache
-from opsd.prompts import PromptBuilder, verify
+from opsd.prompts import PromptBuilder, can_teach, verify
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 
 # What a resumed run may change: none of it moves a metric that is compared.
@@ -90,7 +90,8 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     if config.prompts.verify:  # what fits stays in the cache
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
         verify(prompts, train, teacher=privileged)
-        verify(prompts, [row for rows in held_out.values() for row in rows], teacher=False)
+        for rows in held_out.values():
+            verify(prompts, rows, teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps)
     start = 0

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             prepare,
         )  # builds data and a cold-started model where they are not cached
 
-        config = prepare(words)
+        config = prepare(words, train)
     else:
         config = load_config(file, words)
     if config.train.run_dir is None:

@@ -95,3 +95,17 @@ def test_media_change_the_answer(setting):
         inputs[name] = inputs[name].flip(0, -1)
         changed = response_hidden(model, [type(prompts[0])(inputs, prompts[0].text)], responses)
         assert (changed - base).abs().max() > 1e-3, name
+
+
+def test_frames_that_only_pad_the_clip_are_gone_and_do_not_matter(setting):
+    model, prompts = setting
+    mask = prompts[0].inputs["feature_attention_mask"]
+    assert mask.all() and prompts[0].inputs["input_features"].shape[-1] == mask.shape[-1]
+    extractor = model.processor.feature_extractor
+    assert mask.shape[-1] < extractor.n_samples // extractor.hop_length
+    padded = dict(prompts[0].inputs)
+    for name in ("input_features", "feature_attention_mask"):
+        padded[name] = torch.nn.functional.pad(padded[name], (0, 7))
+    responses = Responses.pack([[30, 31]], 1, model.pad_id, model.device)
+    with_padding = response_hidden(model, [type(prompts[0])(padded, prompts[0].text)], responses)
+    torch.testing.assert_close(with_padding, response_hidden(model, prompts[:1], responses))

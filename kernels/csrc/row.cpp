@@ -29,10 +29,10 @@ struct Element {
 template <bool DELTA>
 inline Element element(float z_s, float second, Centre centre, float inverse_t) {
     Element e;
-    e.s = (z_s - centre.z_s) * inverse_t;
-    const float other = (second - centre.second) * inverse_t;
-    e.d = DELTA ? other : e.s - other;
-    e.t = DELTA ? e.s - other : other;
+    const float student = z_s - centre.z_s, other = second - centre.second;
+    e.s = student * inverse_t;
+    e.d = (DELTA ? other : student - other) * inverse_t;  // subtracted first: equal rows give 0, whatever is fused
+    e.t = (DELTA ? student - other : other) * inverse_t;
     e.e_s = exp_of(e.s);
     e.e_t = exp_of(e.t - centre.t_max);
     return e;

@@ -1,9 +1,13 @@
 """The definition, dense and in the dtype of its inputs: the truth of tests (in fp64) and the eager peer of benches."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import Divergence
+
+NOTHING = -1e4  # its exponential is 0 in every dtype, and 0 times it is 0, not NaN
 
 
 def token_divergence(
@@ -11,24 +15,20 @@ def token_divergence(
     z_t: Tensor,  # (N, V) teacher logits
     divergence: Divergence,
 ) -> Tensor:  # (N,)
-    """Per-token divergence of divergence.py, from log_softmax; a column that is -inf on both sides counts as 0."""
-    log_p = torch.log_softmax(z_s / divergence.temperature, dim=-1)
-    log_q = torch.log_softmax(z_t / divergence.temperature, dim=-1)
+    """Per-token divergence of divergence.py, from log_softmax. A logit of -inf counts as NOTHING."""
+    log_p = torch.log_softmax(z_s.clamp_min(NOTHING) / divergence.temperature, dim=-1)
+    log_q = torch.log_softmax(z_t.clamp_min(NOTHING) / divergence.temperature, dim=-1)
     if divergence.kind == "reverse_kl":
         return _kl(log_p, log_q)
     if divergence.kind == "forward_kl":
         return _kl(log_q, log_p)
     b = divergence.beta
-    p, q = log_p.exp(), log_q.exp()
-    log_m = ((1 - b) * p + b * q).log()
+    log_m = torch.logaddexp(log_p + math.log1p(-b), log_q + math.log(b))
     return b * _kl(log_q, log_m) + (1 - b) * _kl(log_p, log_m)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    seen = log_a > -torch.inf
-    # both arguments are masked: a NaN in the branch not taken would still reach the gradient
-    difference = log_a.masked_fill(~seen, 0) - log_b.masked_fill(~seen, 0)
-    return (log_a.exp() * difference).sum(dim=-1)
+    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
 
 
 def dense_token_kl(
@@ -46,5 +46,5 @@ def dense_token_kl(
 
 def entropy(logits: Tensor, temperature: float) -> Tensor:  # (N, V) -> (N,)
     """-sum p ln p of softmax(logits / temperature)."""
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(dim=-1)
+    log_p = torch.log_softmax(logits.clamp_min(NOTHING) / temperature, dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)

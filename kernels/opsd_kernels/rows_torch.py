@@ -48,13 +48,10 @@ def _slab(
 ) -> None:
     inverse = 1.0 / divergence.temperature
     top = z_s.argmax(dim=-1, keepdim=True)
-    s = (z_s - z_s.gather(1, top)) * inverse
-    if is_delta:
-        d = (z_t - z_t.gather(1, top)) * inverse
-        t = s - d
-    else:
-        t = (z_t - z_t.gather(1, top)) * inverse
-        d = s - t
+    student, other = z_s - z_s.gather(1, top), z_t - z_t.gather(1, top)
+    s = student * inverse
+    d = (other if is_delta else student - other) * inverse
+    t = (student - other if is_delta else other) * inverse
     t_max = t.amax(dim=-1, keepdim=True)
     e_s, e_t = s.exp(), (t - t_max).exp()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)

@@ -85,10 +85,11 @@ def _elements(z_s, second, row, stride, column, end, top, second_a, t_max, inver
     """s, t - t_max, d, exp(s), exp(t - t_max) of a tile."""
     x = tl.load(z_s + row * stride + column, mask=column < end, other=float("-inf"))
     y = tl.load(second + row * stride + column, mask=column < end, other=float("-inf"))
-    s = (x - top) * inverse_t
-    other = (y - second_a) * inverse_t
-    d = other if delta else s - other
-    t = s - other if delta else other
+    student = x - top
+    other = y - second_a
+    s = student * inverse_t
+    d = (other if delta else student - other) * inverse_t  # subtracted first: equal rows give 0, whatever is fused
+    t = (student - other if delta else other) * inverse_t
     t = tl.where(column < end, t, float("-inf")) - t_max
     return s, t, d, tl.exp(s), tl.exp(t)
 

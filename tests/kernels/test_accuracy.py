@@ -1,0 +1,116 @@
+"""fused_token_kl against fp64, by the rule of cases.check; and broken kernels, which that rule must reject."""
+
+import pytest
+import torch
+
+from opsd_kernels import Divergence, fused_token_kl
+from opsd_kernels.reference import entropy, token_divergence
+from tests.kernels import cases
+
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
+every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_within_twice_the_error_of_eager_torch(backend, kind, dtype, shared, trainable):
+    inputs, truth, eager = cases.references(kind, dtype, shared)
+    function = cases.fused(cases.DIVERGENCES[kind], backend)
+    cases.check(cases.differentiate(function, inputs, trainable), truth, eager, dtype)
+
+
+@every_backend
+@every_kind
+def test_fp16(backend, kind):
+    inputs, truth, eager = cases.references(kind, torch.float16, False)
+    cases.check(
+        cases.differentiate(cases.fused(cases.DIVERGENCES[kind], backend), inputs), truth, eager, torch.float16
+    )
+
+
+@every_backend
+@every_kind
+def test_far_teacher(backend, kind):
+    """Without the ceiling: where both sides saturate on other tokens, JSD has no gradient left in fp32."""
+    inputs = cases.mixture(torch.float32, shared=False)
+    far = cases.Inputs(
+        *(inputs.student_hidden * 2, inputs.head, inputs.teacher_hidden.flip(0) * 2, inputs.teacher_head),
+        inputs.upstream,
+    )
+    divergence = cases.DIVERGENCES[kind]
+    truth = cases.differentiate(cases.dense(divergence), far.double())
+    eager = cases.differentiate(cases.dense(divergence), far)
+    found = cases.differentiate(cases.fused(divergence, backend), far)
+    cases.check(found, truth, eager, torch.float32, ceiling=torch.inf)
+
+
+@every_backend
+def test_entropies(backend):
+    inputs = cases.mixture(torch.float32, shared=False)
+    divergence = Divergence("jsd", temperature=0.7)
+    _, stats = fused_token_kl(
+        *(inputs.student_hidden.requires_grad_(), inputs.head, inputs.teacher_hidden, inputs.teacher_head),
+        divergence=divergence,
+        backend=backend,
+        return_stats=True,
+    )
+    wide = inputs.double()
+    z_s, z_t = wide.student_hidden @ wide.head.mT, wide.teacher_hidden @ wide.teacher_head.mT
+    torch.testing.assert_close(stats.student_entropy.double(), entropy(z_s, 0.7).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.teacher_entropy.double(), entropy(z_t, 0.7), rtol=1e-5, atol=1e-5)
+    assert not stats.student_entropy.requires_grad
+    assert not stats.teacher_entropy.requires_grad
+
+
+def _swapped(s, w, t, u, divergence):
+    return token_divergence(t @ (w.detach() if u is None else u).mT, s @ w.mT, divergence)
+
+
+def _teacher_dropped(s, w, t, u, divergence):
+    z_s = s @ w.mT
+    return token_divergence(z_s, torch.zeros_like(z_s), divergence)
+
+
+def _last_block_skipped(s, w, t, u, divergence):
+    kept = w.shape[0] - 128
+    z_t = t @ (w.detach() if u is None else u)[:kept].mT
+    return token_divergence(s @ w[:kept].mT, z_t, divergence)
+
+
+FORMULA_MUTANTS = {
+    "swapped direction": _swapped,
+    "teacher term dropped": _teacher_dropped,
+    "last vocabulary block skipped": _last_block_skipped,
+}
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mutant", FORMULA_MUTANTS)
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+def test_a_wrong_formula_is_rejected(kind, dtype, mutant):
+    inputs, truth, eager = cases.references(kind, dtype, True)
+    # in fp64: only the formula is wrong, and the exact one passes
+    cases.check(
+        cases.differentiate(cases.dense(cases.DIVERGENCES[kind]), inputs.double()), truth, eager, dtype
+    )
+    wrong = cases.differentiate(
+        lambda *a: FORMULA_MUTANTS[mutant](*a, cases.DIVERGENCES[kind]), inputs.double()
+    )
+    for name in wrong:  # value and each gradient on its own gives it away
+        with pytest.raises(AssertionError, match=name):
+            cases.check({"value": truth["value"], name: wrong[name]}, truth, eager, dtype)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("factor", [0.0, 2.0, -1.0], ids=["zero", "doubled", "negated"])
+@pytest.mark.parametrize("name", ["hidden", "head"])
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+def test_a_wrong_gradient_is_rejected(kind, dtype, factor, name):
+    _, truth, eager = cases.references(kind, dtype, True)
+    with pytest.raises(AssertionError, match=name):
+        cases.check(truth | {name: truth[name] * factor}, truth, eager, dtype)

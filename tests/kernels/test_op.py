@@ -1,0 +1,296 @@
+"""fused_token_kl as autograd sees it: upstream gradients, chunks, memory, refusals."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd_kernels import Divergence, fused_token_kl, rows
+from tests.kernels import cases
+
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
+every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
+frozen_or_not = pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+
+
+def gradients(backend, inputs, reduce, trainable=True, **options):
+    student = inputs.student_hidden.clone().requires_grad_()
+    head = inputs.head.clone().requires_grad_(trainable)
+    value = fused_token_kl(
+        student, head, inputs.teacher_hidden, inputs.teacher_head, backend=backend, **options
+    )
+    reduce(value).backward()
+    return value.detach(), student.grad, head.grad
+
+
+def assert_close_norm(found, expected, tolerance):
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@every_backend
+@every_kind
+@frozen_or_not
+def test_arbitrary_upstream_equals_token_weights(backend, kind, trainable):
+    inputs = cases.mixture(torch.float32, shared=True)
+    w = inputs.upstream
+    options = {"divergence": cases.DIVERGENCES[kind], "trainable": trainable}
+    value, *given = gradients(backend, inputs, torch.sum, token_weights=w, **options)
+    plain, *arriving = gradients(backend, inputs, lambda v: (w * v).sum(), **options)
+    torch.testing.assert_close(value, plain * w)
+    _, *both = gradients(
+        backend, inputs, lambda v: (w.sqrt() * v).sum(), token_weights=w.sqrt(), **options
+    )
+    for a, b, c in zip(given, arriving, both, strict=True):
+        if a is not None:
+            assert_close_norm(b, a, 1e-6)
+            assert_close_norm(c, a, 1e-6)
+
+
+@every_backend
+def test_uniform_upstream_needs_one_sweep_and_another_one_two(backend, monkeypatch):
+    page = importlib.import_module("opsd_kernels.fused_token_kl")  # not the function that hides it
+    sweeps, sweep = [], page.sweep
+    monkeypatch.setattr(page, "sweep", lambda *a: sweeps.append(a) or sweep(*a))
+    inputs = cases.mixture(torch.float32, shared=True)
+    for reduce, expected in [(torch.sum, 1), (torch.mean, 1), (lambda v: (v * inputs.upstream).sum(), 2)]:
+        sweeps.clear()
+        gradients(backend, inputs, reduce)
+        assert len(sweeps) == expected
+        sweeps.clear()
+        gradients(backend, inputs, reduce, trainable=False)
+        assert len(sweeps) == 1
+
+
+@every_backend
+def test_second_backward_through_a_retained_graph(backend):
+    inputs = cases.mixture(torch.float32, shared=False)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
+    value = fused_token_kl(student, head, inputs.teacher_hidden, inputs.teacher_head, backend=backend).sum()
+    first = torch.autograd.grad(value, (student, head), retain_graph=True)
+    second = torch.autograd.grad(value, (student, head))
+    for a, b in zip(first, second, strict=True):
+        assert_close_norm(b, a, 1e-6)
+
+
+@every_backend
+def test_double_backward_raises(backend):
+    inputs = cases.mixture(torch.float32, shared=True)
+    student = inputs.student_hidden.requires_grad_()
+    value = fused_token_kl(student, inputs.head, inputs.teacher_hidden, backend=backend)
+    (grad,) = torch.autograd.grad((value * value.detach().requires_grad_()).sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@every_backend
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+def test_teacher_receives_no_gradient(backend, shared):
+    inputs = cases.mixture(torch.float32, shared)
+    teacher = inputs.teacher_hidden.requires_grad_()
+    teacher_head = None if shared else inputs.teacher_head.requires_grad_()
+    student = inputs.student_hidden.requires_grad_()
+    fused_token_kl(student, inputs.head, teacher, teacher_head, backend=backend).sum().backward()
+    assert teacher.grad is None
+    assert shared or teacher_head.grad is None
+    value = fused_token_kl(student.detach(), inputs.head, teacher, teacher_head, backend=backend)
+    assert not value.requires_grad
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("teacher_head", ["none", "same", "detached", "equal copy"])
+def test_identical_teacher_gives_exactly_zero(backend, kind, dtype, teacher_head):
+    inputs = cases.mixture(dtype, shared=True)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
+    other = {"none": None, "same": head, "detached": head.detach(), "equal copy": head.detach().clone()}
+    value = fused_token_kl(
+        *(student, head, student, other[teacher_head]), divergence=Divergence(kind, temperature=1.7), backend=backend
+    )  # fmt: skip
+    value.sum().backward()
+    assert not value.any()
+    assert not student.grad.any()
+    assert not head.grad.any()
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_chunks_do_not_matter_and_runs_repeat_to_the_bit(backend, kind, dtype):
+    if dtype == torch.bfloat16 and cases.INTERPRETED:
+        pytest.skip("the row kernels see fp32 logits either way")
+    inputs = cases.mixture(dtype, shared=False, n=21)
+    options = {"divergence": cases.DIVERGENCES[kind], "token_weights": inputs.upstream}
+    whole = gradients(backend, inputs, torch.sum, **options)
+    again = gradients(backend, inputs, torch.sum, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for rows_per_chunk in (1, 20, 22):
+        value, *chunked = gradients(
+            backend, inputs, torch.sum, workspace_mib=workspace_for(inputs, backend, rows_per_chunk), **options
+        )
+        torch.testing.assert_close(value, whole[0], rtol=4e-6, atol=1e-6)
+        for a, b in zip(chunked, whole[1:], strict=True):
+            assert_close_norm(a.double(), b.double(), 2e-3)
+
+
+def workspace_for(inputs, backend, rows_per_chunk):
+    from opsd_kernels.sweep import Operands, plan
+
+    kernel = rows.select_rows(backend, torch.device("cpu"))
+    budget = 0.05
+    while True:
+        ops = Operands(
+            *(inputs.student_hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head),
+            *(Divergence(), kernel, budget),
+        )
+        try:
+            chunks, _ = plan(ops, with_grad=True)
+        except ValueError:
+            chunks = None
+        if chunks is not None and chunks.rows >= min(rows_per_chunk, inputs.student_hidden.shape[0]):
+            return budget
+        budget += 0.005
+
+
+@every_backend
+@frozen_or_not
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_tokens(backend, trainable, n):
+    inputs = cases.mixture(torch.float32, shared=True, n=n)
+    value, student_grad, head_grad = gradients(backend, inputs, torch.sum, trainable)
+    assert value.shape == (n,)
+    assert value.dtype == torch.float32
+    assert student_grad.shape == inputs.student_hidden.shape
+    if trainable:
+        assert head_grad.shape == inputs.head.shape
+        assert bool(head_grad.any()) == (n > 0)
+    if n == 0:  # and with an upstream that is not expanded
+        gradients(backend, inputs, lambda v: (v * inputs.upstream).sum(), trainable)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of live storages made under it, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.largest = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = (storage._weak_ref(), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes())
+        self.live = {
+            key: (ref, size)
+            for key, (ref, size) in self.live.items()
+            if not torch.UntypedStorage._expired(ref)
+        }
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="the workspace is the same")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@frozen_or_not
+def test_memory_stays_in_the_workspace(backend, dtype, trainable):
+    n, vocab, width, mib = 700, 2003, 32, 8
+    inputs = cases.mixture(dtype, shared=False, n=n, vocab=vocab, width=width)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_(trainable)
+    with PeakBytes() as memory:
+        fused_token_kl(
+            *(student, head, inputs.teacher_hidden, inputs.teacher_head), backend=backend, workspace_mib=mib
+        ).sum().backward()
+    results = n * width * 8 + n * 4 * 8 + (vocab * width * 8 if trainable else 0)
+    assert memory.largest < n * vocab * 4, "a tensor of [tokens, vocabulary] was made"
+    assert memory.peak <= mib * 2**20 + results
+
+
+@every_backend
+def test_under_autocast(backend):
+    inputs = cases.mixture(torch.float32, shared=True)
+    plain = gradients(backend, inputs, torch.sum)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = gradients(backend, inputs, torch.sum)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+class TestRefusals:
+    inputs = cases.mixture(torch.float32, shared=False)
+
+    def call(self, **changes):
+        names = ("student_hidden", "head", "teacher_hidden", "teacher_head")
+        arguments = {name: getattr(self.inputs, name) for name in names} | changes
+        return fused_token_kl(**arguments)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"student_hidden": torch.zeros(2, 3, 48)}, "expected student_hidden with 2 dimensions"),
+            ({"head": torch.zeros(1003, 47)}, "expected student_hidden as wide as head, 47 columns, got 48"),
+            ({"teacher_hidden": torch.zeros(44, 48)}, "expected one teacher_hidden row per student_hidden row"),
+            ({"teacher_head": torch.zeros(1002, 48)}, "expected teacher_head with the vocabulary of head, 1003"),
+            ({"teacher_head": torch.zeros(1003, 32)}, "expected teacher_hidden as wide as teacher_head"),
+            ({"student_hidden": torch.zeros(45, 48).double()}, "expected student_hidden in float32, float16 or"),
+            ({"head": torch.zeros(1003, 48).bfloat16()}, "expected student_hidden in the dtype of head"),
+            ({"head": torch.zeros(1003, 48, device="meta")}, "expected head on the device of student_hidden"),
+            ({"head": torch.zeros(0, 48)}, "expected a head with at least one row"),
+            ({"token_weights": torch.ones(44)}, r"expected token_weights of shape \(45,\)"),
+            ({"token_weights": torch.ones(45, dtype=torch.bool)}, "expected floating-point token_weights"),
+            ({"token_weights": torch.ones(45, requires_grad=True)}, "without requires_grad"),
+            ({"divergence": "reverse-kl"}, "did you mean 'reverse_kl'"),
+            ({"divergence": 3}, "expected a Divergence or its kind"),
+            ({"backend": "cuda"}, "expected backend out of auto, triton, native, torch"),
+            ({"backend": "triton"}, "expected backend='triton' to be available for cpu tensors"),
+            ({"workspace_mib": 0.001}, "expected workspace_mib >= "),
+        ],
+    )
+    def test_bad_arguments(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            self.call(**changes)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"kind": "jsd", "beta": 0.0},
+            {"kind": "jsd", "beta": 1.0},
+            {"temperature": 0.0},
+            {"temperature": float("nan")},
+            {"kind": "js"},
+        ],
+    )
+    def test_bad_divergence(self, options):
+        with pytest.raises(ValueError, match="expected"):
+            Divergence(**options)
+
+    def test_missing_library(self, monkeypatch, caplog, tmp_path):
+        """Named: refused with the reason. auto: torch rows, said once."""
+        from opsd_kernels import rows_native
+
+        monkeypatch.setattr(rows_native, "LIBRARY", tmp_path / "_rows.so")
+        monkeypatch.setattr(rows, "_announced", set())
+        with pytest.raises(ValueError, match="reinstall with a C\\+\\+ compiler"):
+            self.call(backend="native")
+        with caplog.at_level(logging.INFO, "opsd_kernels"):
+            self.call()
+            self.call()
+        assert [r.message for r in caplog.records if "torch row kernels" in r.message] == [
+            "fused_token_kl uses torch row kernels on cpu (_rows.so was not built; "
+            "reinstall with a C++ compiler and cmake on the PATH)"
+        ]
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+def test_limits_of_jsd():
+    inputs = cases.mixture(torch.float32, shared=True)
+    operands = (inputs.student_hidden[:30], inputs.head, inputs.teacher_hidden[:30])  # divergences below 0.1
+    for beta, kind, factor in [(1e-4, "forward_kl", 1e4), (1 - 1e-4, "reverse_kl", 1e4)]:
+        jsd = fused_token_kl(*operands, divergence=Divergence("jsd", beta=beta))
+        torch.testing.assert_close(
+            jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=1e-2, atol=1e-6
+        )

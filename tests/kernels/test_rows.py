@@ -1,0 +1,171 @@
+"""Row kernels on their own: logits in, values and gradients out. Degenerate rows, precision at tiny divergences."""
+
+import importlib
+
+import pytest
+import torch
+
+from opsd_kernels import Divergence
+from opsd_kernels.reference import entropy, token_divergence
+from opsd_kernels.rows import RowOutputs, select_rows
+from tests.kernels import cases
+
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
+every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
+both_forms = pytest.mark.parametrize("is_delta", [True, False], ids=["delta", "pair"])
+WIDTH = 600 if cases.INTERPRETED else 2500  # two blocks and a rest
+
+
+def run(backend, z_s, second, is_delta, divergence, scale=None, grad=None):
+    """RowOutputs and gradient; every buffer the kernel should fill holds NaN before."""
+    out = RowOutputs(*torch.full((3, z_s.shape[0]), torch.nan).unbind())
+    scale = torch.ones(z_s.shape[0]) if scale is None else scale
+    z_s, second = z_s.clone(), second.clone()
+    grad = z_s if grad is None else grad
+    select_rows(backend, torch.device("cpu")).run(z_s, second, is_delta, divergence, scale, grad, out)
+    return out, grad
+
+
+def truth(z_s, second, is_delta, divergence):
+    z_s, second = z_s.double().requires_grad_(), second.double()
+    z_t = torch.where(z_s == -torch.inf, z_s, z_s - second).detach() if is_delta else second
+    value = token_divergence(z_s, z_t, divergence)
+    value.sum().backward()
+    return value.detach(), z_s.grad, z_t
+
+
+@every_backend
+@every_kind
+@both_forms
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.5, 5.0, 40.0])
+def test_relative_precision(backend, kind, is_delta, distance):
+    g = torch.Generator().manual_seed(1)
+    z_s = 3 * torch.randn(3, WIDTH, generator=g)
+    second = distance * torch.randn(3, WIDTH, generator=g)
+    if not is_delta:
+        second = z_s - second
+    divergence = Divergence(kind, beta=0.3, temperature=0.8)
+    expected, gradient, z_t = truth(z_s, second, is_delta, divergence)
+    out, found = run(backend, z_s, second, is_delta, divergence)
+    # centred logits of size x are exact to 2^-24 x, and so are their exponentials
+    size = 1e-7 * (20 + 5 * distance)
+    torch.testing.assert_close(out.value.double(), expected, rtol=size, atol=2e-7)
+    # saturated rows have gradients of almost nothing, left by terms of size 1
+    allowed = (1e-5 + 1e-8 / distance) * gradient.norm(dim=1) + 2e-7 * min(1, distance)
+    assert ((found.double() - gradient * 0.8).norm(dim=1) <= allowed).all()
+    torch.testing.assert_close(out.student_entropy.double(), entropy(z_s.double(), 0.8), rtol=size, atol=size)
+    torch.testing.assert_close(out.teacher_entropy.double(), entropy(z_t, 0.8), rtol=size, atol=size)
+
+
+@every_backend
+@every_kind
+@both_forms
+def test_identical_rows_give_exactly_zero(backend, kind, is_delta):
+    z_s = 5 * torch.randn(4, WIDTH)
+    z_s[0, 5] = 200.0  # saturated
+    z_s[1] = 0.0
+    second = torch.zeros_like(z_s) if is_delta else z_s
+    out, grad = run(backend, z_s, second, is_delta, Divergence(kind, temperature=1.7))
+    assert not out.value.any()
+    assert not grad.any()
+
+
+@every_backend
+@every_kind
+@both_forms
+def test_padded_vocabulary(backend, kind, is_delta):
+    """Columns that are -inf on both sides count nothing, wherever they are."""
+    g = torch.Generator().manual_seed(2)
+    z_s = 2 * torch.randn(3, WIDTH, generator=g)
+    second = 0.3 * torch.randn(3, WIDTH, generator=g)
+    dead = torch.rand(WIDTH, generator=g) < 0.3
+    dead[:130] = True
+    dead[-1] = True
+    if not is_delta:
+        second = z_s - second
+        second[:, dead] = -torch.inf
+    z_s[:, dead] = -torch.inf
+    divergence = Divergence(kind)
+    out, grad = run(backend, z_s, second, is_delta, divergence)
+    kept, grad_kept = run(backend, z_s[:, ~dead], second[:, ~dead], is_delta, divergence)
+    assert not grad[:, dead].any()
+    torch.testing.assert_close(grad[:, ~dead], grad_kept, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(out.value, kept.value, rtol=5e-6, atol=1e-9)
+    torch.testing.assert_close(out.student_entropy, kept.student_entropy)
+    torch.testing.assert_close(out.teacher_entropy, kept.teacher_entropy)
+
+
+@every_backend
+@every_kind
+@both_forms
+def test_one_hot_rows(backend, kind, is_delta):
+    z_s = torch.full((3, WIDTH), -60.0)
+    z_t = z_s.clone()
+    z_s[:, 7] = 60.0
+    z_t[0, 7] = 60.0  # the same token
+    z_t[1, WIDTH - 1] = 60.0  # another one, far away
+    z_t[2] = 0.0  # a teacher that does not know
+    second = z_s - z_t if is_delta else z_t
+    divergence = Divergence(kind, beta=0.5)
+    expected, gradient, _ = truth(z_s, second, is_delta, divergence)
+    out, grad = run(backend, z_s, second, is_delta, divergence)
+    torch.testing.assert_close(out.value.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(grad.double(), gradient, rtol=1e-5, atol=2e-6)
+
+
+@every_backend
+@every_kind
+def test_never_negative_and_bounded(backend, kind):
+    """Rounding noise of the logits themselves is the smallest difference there is."""
+    z_s = 8 * torch.randn(8, WIDTH)
+    z_t = z_s * (1 + 2.0**-23)
+    out, _ = run(backend, z_s, z_t, False, Divergence(kind, beta=0.1))
+    assert (out.value >= 0).all()
+    assert out.value.max() < 1e-9
+
+
+@every_backend
+@every_kind
+def test_scale_multiplies_the_gradient_only(backend, kind):
+    z_s, delta, scale = torch.randn(3, WIDTH), 0.1 * torch.randn(3, WIDTH), torch.tensor([2.0, 0.0, -0.5])
+    plain, grad = run(backend, z_s, delta, True, Divergence(kind))
+    out, scaled = run(backend, z_s, delta, True, Divergence(kind), scale)
+    assert torch.equal(out.value, plain.value)
+    torch.testing.assert_close(scaled, grad * scale[:, None], rtol=1e-6, atol=0)
+
+
+@every_backend
+@every_kind
+def test_gradient_into_its_own_buffer(backend, kind):
+    z_s, delta = torch.randn(3, WIDTH), 0.1 * torch.randn(3, WIDTH)
+    _, in_place = run(backend, z_s, delta, True, Divergence(kind))
+    _, apart = run(backend, z_s, delta, True, Divergence(kind), grad=torch.full((3, WIDTH), torch.nan))
+    assert torch.equal(in_place, apart)
+
+
+@every_backend
+@every_kind
+def test_nan_goes_through(backend, kind):
+    z_s, delta = torch.randn(2, WIDTH), torch.zeros(2, WIDTH)
+    z_s[0, WIDTH // 2] = torch.nan
+    out, _ = run(backend, z_s, delta, True, Divergence(kind))
+    assert out.value.isnan().tolist() == [True, False]
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="native only")
+@pytest.mark.parametrize("name", [b"generic", b"avx2"])
+@every_kind
+@both_forms
+def test_every_instruction_set_agrees(name, kind, is_delta):
+    native = importlib.import_module("opsd_kernels.rows_native")
+    if native.obstacle():
+        pytest.skip(native.obstacle())
+    z_s, second = 3 * torch.randn(3, WIDTH), 0.3 * torch.randn(3, WIDTH)
+    best, best_grad = run("native", z_s, second, is_delta, Divergence(kind))
+    try:
+        native._library().opsd_rows_use_isa(name)
+        out, grad = run("native", z_s, second, is_delta, Divergence(kind))
+    finally:
+        native._library().opsd_rows_use_isa(None)
+    torch.testing.assert_close(out.value, best.value, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(grad, best_grad, rtol=1e-4, atol=1e-8)

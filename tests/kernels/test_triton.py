@@ -1,0 +1,115 @@
+"""The Triton row kernels without a GPU: run by Triton's interpreter, and compiled for every row of the launch table."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import cases
+
+pytest.importorskip("triton", reason="Triton is published for Linux on x86-64 only")
+if cases.INTERPRETED:
+    pytest.skip("this is the process that the tests below start", allow_module_level=True)
+
+HERE = Path(__file__).parent
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def test_interpreter_passes_the_same_tests():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    files = [str(HERE / name) for name in ("test_accuracy.py", "test_rows.py", "test_op.py")]
+    selection = "not fp16 and not 40.0 and not avx"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *files],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert re.search(r"[1-9]\d+ passed", run.stdout), run.stdout
+
+
+def kernels():
+    """(name, kernel, kind) for every variant that run() launches; delta changes too little to be compiled twice."""
+    from opsd_kernels import rows_triton as rows
+    from opsd_kernels.divergence import KINDS
+
+    yield "centre", rows._centre_kernel, "reverse_kl"
+    yield "mixture", rows._mixture_kernel, "jsd"
+    for kind in KINDS:
+        yield f"sums {kind}", rows._sums_kernel, kind
+        yield f"gradient {kind}", rows._gradient_kernel, kind
+
+
+def compile_for(kernel, kind, capability, delta):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from opsd_kernels.divergence import KINDS
+    from opsd_kernels.launch import TABLE
+    from opsd_kernels.rows_triton import PARTS
+
+    launch = TABLE[capability]
+    constants = {"delta": delta, "tile": launch.tile, "splits": launch.splits, "count": PARTS}
+    constants |= {"kind": KINDS.index(kind), "with_grad": True}
+    types = {"vocab": "i32", "stride": "i32", "grad_stride": "i32", "inverse_t": "fp32", "beta": "fp32"}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16" if name == "grad" else "*fp32")
+        for name in names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*") or "stride" in name
+        },
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps}
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_compiles_without_spilling(capability, tmp_path, record_property):
+    import triton
+
+    from opsd_kernels.launch import TABLE
+
+    assert capability in TABLE
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for name, kernel, kind in kernels():
+        compiled = compile_for(kernel, kind, capability, delta=False)
+        cubin = tmp_path / f"{name}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [str(cuobjdump), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        registers, stack, _, local = map(int, RESOURCES.search(usage).groups())
+        record_property(name, registers)
+        assert (stack, local) == (0, 0), f"{name} spills on sm_{capability}: {usage}"
+
+
+def test_launch_table_is_looked_up_by_family():
+    from opsd_kernels.launch import TABLE, launch_for
+
+    assert launch_for(87) == TABLE[86]
+    assert launch_for(103) == TABLE[100]
+    with pytest.raises(ValueError, match=r"expected compute capability 8\.0 or newer, got 7\.5"):
+        launch_for(75)
+
+
+def test_importing_the_package_loads_no_triton():
+    code = "import sys, opsd_kernels; sys.exit('triton' in sys.modules and 'triton imported')"
+    # torch itself must not have loaded it either for this to say something
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], env=dict(os.environ, PYTHONPATH="kernels"))
+    assert run.returncode == 0

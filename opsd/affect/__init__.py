@@ -1,0 +1,1 @@
+"""Affect: the embedded job on drawn faces and synthetic voices."""

@@ -1,0 +1,97 @@
+"""The embedded job: its clips and its cold-started model, made once and kept, and the config that trains on them.
+
+    CACHE/embedded-KEY/data/     train, validation, test: JSONL, faces/*.png, voices/*.wav
+    CACHE/embedded-KEY/model/    the cold-started thinker: a folder plain transformers opens
+
+KEY is a hash of the sources and settings that determine the folder. It is built beside its place and renamed into it,
+so a run killed half-way leaves no half cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from opsd.affect.clips import TEST, TRAIN, VALIDATION, every_text, write_split
+from opsd.affect.tiny import TinySize, build
+from opsd.config import Config, PromptsConfig, load_config, read_yaml
+from opsd.errors import writing
+
+HERE: Final = Path(__file__).parent
+CACHE: Final = Path("runs/cache")
+SIZES: Final = {TRAIN: 1536, VALIDATION: 96, TEST: 384}  # clips
+DATA_SEED: Final = 0
+MODEL_SEED: Final = 0
+
+
+def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = CACHE) -> Config:
+    """The config of the embedded job with the overrides `words`; builds data and model where they are not cached.
+
+    train: the trainer, which also runs the cold start.
+    """
+    folder = (cache / f"embedded-{_key()}").absolute()
+    base = {**read_yaml(HERE / "embedded.yaml")[0], "model": {"path": str(folder / "model")}}
+    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in SIZES}
+    config = load_config(None, words, base)  # a mistake in `words` is told before anything is built
+    with _lock(folder):
+        if not folder.exists():
+            print("first run: drawing clips and cold-starting a small model, once", flush=True)
+            _build(folder, train)
+    return config
+
+
+def _build(folder: Path, train: Callable[[Config], Any]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(temporary):
+        for split, size in SIZES.items():
+            write_split(temporary / "data", split, DATA_SEED, size)
+        build(temporary / "start", _vocabulary(), TinySize(), MODEL_SEED)
+        run_dir = temporary / "cold_start"
+        train(_cold_start(temporary, run_dir))
+        checkpoint = (run_dir / "checkpoints" / "last").resolve()
+        for name in ("trainer.safetensors", "trainer.json"):  # of no use once the cold start is over
+            (checkpoint / name).unlink()
+        os.replace(checkpoint, temporary / "model")
+        shutil.rmtree(run_dir / "checkpoints")
+        shutil.rmtree(temporary / "start")
+        os.replace(temporary, folder)
+
+
+def _cold_start(folder: Path, run_dir: Path) -> Config:
+    base = {**read_yaml(HERE / "cold_start.yaml")[0], "model": {"path": str(folder / "start")}}
+    base["data"]["train"] = str(folder / "data" / "train.jsonl")
+    base["train"]["run_dir"] = str(run_dir)
+    return load_config(None, (), base)
+
+
+def _vocabulary() -> list[str]:
+    """Every text a prompt or an answer of the job can hold."""
+    prompts = PromptsConfig()
+    return [*every_text(), prompts.teacher_template, prompts.label_template, prompts.subtitle_template or ""]
+
+
+def _key() -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.py"), HERE / "cold_start.yaml"]):
+        digest.update(path.read_bytes())
+    digest.update("\0".join(_vocabulary()).encode())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Two first runs at once: the second waits for the first. The system lets go of the lock of a killed run."""
+    path = folder.parent / ".lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

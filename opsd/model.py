@@ -115,8 +115,11 @@ def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = Non
     starting ones. Raises InputError for a path that holds no model, a model without an output head, or one that
     changes its logits after the head.
     """
+    from transformers.utils import logging
+
     from opsd.processing import load_processor, read_processor_files
 
+    logging.disable_progress_bar()  # ours is on the terminal
     lora = config.adapter == "lora"
     source = config.path if checkpoint is None or lora else str(checkpoint)
     module = _model_class(source, config).from_pretrained(

@@ -114,6 +114,12 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     )
 
 
+def save(run: Run, step: int) -> None:
+    """A checkpoint after `step` updates."""
+    keep = run.config.checkpoint.keep
+    checkpoint.save(run.directory.checkpoints, step, run.model, run.optimizer, run.teacher, keep)
+
+
 def next_run_dir(name: str, root: Path = Path("runs")) -> Path:
     """The first free `runs/<name>-NNN`."""
     taken = [int(m[1]) for p in root.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]

@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from opsd.ablations import ABLATIONS
-from opsd.checkpoint import save
 from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
 from opsd.errors import InputError
 from opsd.evaluate import measure
 from opsd.report import write_report
-from opsd.run import Run, next_run_dir, open_run, with_run_dir
+from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
 from opsd.step import Sums, learn, log_step, sample, teach
 
 
@@ -49,15 +48,7 @@ def train(config: Config, resume: bool = False) -> Run:
             if due(step + 1, config.evaluate.every, config.train.steps):
                 measure(run, step + 1)
             if due(step + 1, config.checkpoint.every, config.train.steps):
-                save(
-                    run.directory.checkpoints,
-                    step + 1,
-                    run.model,
-                    run.optimizer,
-                    run.teacher,
-                    config.checkpoint.keep,
-                )
-    write_report(run.directory)
+                save(run, step + 1)
     return run
 
 
@@ -72,9 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if args.resume is not None:
         config = _resumed(args.resume, file, words)
     elif file is None:
-        from opsd.affect.embedded import (
-            prepare,
-        )  # builds data and a cold-started model where they are not cached
+        # builds data and a cold-started model where they are not cached
+        from opsd.affect.embedded import prepare
 
         config = prepare(words, train)
     else:
@@ -82,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if config.train.run_dir is None:
         name = (file.stem if file else "embedded") + (f"-{args.ablation}" if args.ablation else "")
         config = with_run_dir(config, next_run_dir(name))
-    train(config, resume=args.resume is not None)
+    write_report(train(config, resume=args.resume is not None).directory)
 
 
 def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
@@ -94,10 +84,8 @@ def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = parser(
-        "python -m opsd.train",
-        "On-policy self-distillation. Without a config file: the embedded multimodal job.",
-    )
+    about = "On-policy self-distillation. Without a config file: the embedded multimodal job."
+    made = parser("python -m opsd.train", about)
     made.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder")
     made.add_argument("--ablation", choices=sorted(ABLATIONS), help="a comparison of the paper on the same budget")
     return guard(run, made, argv)

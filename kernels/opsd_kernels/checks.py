@@ -29,9 +29,7 @@ def check_operands(
     if vocab == 0 or head.shape[1] == 0:
         raise ValueError(f"expected a head with at least one row and column, got {tuple(head.shape)}")
     if teacher_head is not None and teacher_head.shape[0] != vocab:
-        raise ValueError(
-            f"expected teacher_head with the vocabulary of head, {vocab}, got {teacher_head.shape[0]}"
-        )
+        raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {teacher_head.shape[0]}")
     if token_weights is not None:
         _check_weights(token_weights, student_hidden)
 
@@ -51,9 +49,7 @@ def _check_pair(hidden_name: str, hidden: Tensor, head_name: str, head: Tensor) 
             f"expected {hidden_name} as wide as {head_name}, {head.shape[1]} columns, got {hidden.shape[1]}"
         )
     if hidden.dtype != head.dtype:
-        raise ValueError(
-            f"expected {hidden_name} in the dtype of {head_name}, {head.dtype}, got {hidden.dtype}"
-        )
+        raise ValueError(f"expected {hidden_name} in the dtype of {head_name}, {head.dtype}, got {hidden.dtype}")
 
 
 def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
@@ -65,6 +61,4 @@ def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
     if weights.device != student_hidden.device:
         raise ValueError(f"expected token_weights on {student_hidden.device}, got {weights.device}")
     if weights.requires_grad:
-        raise ValueError(
-            "expected token_weights without requires_grad (they are constants), got a tensor with it"
-        )
+        raise ValueError("expected token_weights without requires_grad (they are constants), got a tensor with it")

@@ -53,9 +53,7 @@ def plan_chunks(n: int, costs: ChunkCosts, workspace_mib: float) -> ChunkPlan:
         fit = room // (costs.row + costs.grad_row)
     if fit < 1:
         need = (costs.fixed + costs.row + costs.grad_row) / MIB
-        raise ValueError(
-            f"expected workspace_mib >= {need:.2f} for one row of this vocabulary, got {workspace_mib}"
-        )
+        raise ValueError(f"expected workspace_mib >= {need:.2f} for one row of this vocabulary, got {workspace_mib}")
     rows = _aligned(min(fit, MAX_ROWS))
     grad_rows = _balanced(n, rows * ratio)
     return ChunkPlan(rows=_balanced(min(n, grad_rows), rows), grad_rows=grad_rows, n=n)

@@ -21,9 +21,7 @@ def gradient_dtype(head: Tensor) -> torch.dtype:
     return torch.bfloat16 if head.is_cuda and head.dtype == torch.bfloat16 else torch.float32
 
 
-def widened(
-    head: Tensor, scratch: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:  # yields (rows of V, fp32 block)
+def widened(head: Tensor, scratch: Tensor | None) -> Iterator[tuple[slice, Tensor]]:  # yields (rows of V, fp32 block)
     """The head in fp32, as it is or block by block through the scratch (blocks, D)."""
     if head.dtype == torch.float32:
         yield slice(0, head.shape[0]), head

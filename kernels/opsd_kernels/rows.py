@@ -56,9 +56,7 @@ def select_rows(backend: str, device: torch.device) -> RowKernel:
         why_not = _obstacle(name, device)
         name = "torch" if why_not else name
     elif why := _obstacle(backend, device):
-        raise ValueError(
-            f"expected backend={backend!r} to be available for {device.type} tensors, got: {why}"
-        )
+        raise ValueError(f"expected backend={backend!r} to be available for {device.type} tensors, got: {why}")
     key = f"{name} row kernels on {device.type}" + (f" ({why_not})" if why_not else "")
     if key not in _announced:
         _announced.add(key)

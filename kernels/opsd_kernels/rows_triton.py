@@ -20,16 +20,10 @@ from opsd_kernels.launch import INTERPRETER, Launch, launch_for
 from opsd_kernels.rows import RowOutputs
 from opsd_kernels.triton_math import exp_remainder, ln_one_plus, log_remainder, times
 
-PARTS = 12  # partial results of a program: 3 of centre, 7 of sums, 2 of mixture
+PARTS = 12  # partial results of a program: 3 of centre, 7 of sums, 2 of mixture; (rows, PARTS, splits) in memory
 REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
 JSD = tl.constexpr(KINDS.index("jsd"))
-
-
-@triton.jit
-def _part(parts, row, index, splits: tl.constexpr, count: tl.constexpr):
-    """Pointer to partial result `index` of a row, one value per split."""
-    return parts + (row * count + index) * splits
 
 
 @triton.jit
@@ -59,24 +53,24 @@ def _centre_kernel(z_s, second, parts, vocab, stride, delta: tl.constexpr, tile:
         teacher_top = tl.where(teacher > teacher_top, teacher, teacher_top)
     best = tl.max(top, 0)
     index = tl.min(tl.where(top == best, where_top, vocab), 0)
-    split = tl.program_id(1)
-    tl.store(_part(parts, row, 0, splits, count) + split, best)
-    tl.store(_part(parts, row, 1, splits, count) + split, index.to(tl.float32, bitcast=True))
-    tl.store(_part(parts, row, 2, splits, count) + split, tl.max(teacher_top, 0))
+    mine = parts + row * count * splits + tl.program_id(1)
+    tl.store(mine, best)
+    tl.store(mine + 1 * splits, index.to(tl.float32, bitcast=True))
+    tl.store(mine + 2 * splits, tl.max(teacher_top, 0))
 
 
 @triton.jit
 def _merge_centre(second, parts, row, stride, inverse_t, delta: tl.constexpr, splits: tl.constexpr,
                   count: tl.constexpr):  # fmt: skip
     """z_s[a], second[a], and the teacher's maximum in centred units."""
-    split = tl.arange(0, splits)
-    tops = tl.load(_part(parts, row, 0, splits, count) + split)
-    indices = tl.load(_part(parts, row, 1, splits, count) + split).to(tl.int32, bitcast=True)
+    theirs = parts + row * count * splits + tl.arange(0, splits)
+    tops = tl.load(theirs)
+    indices = tl.load(theirs + splits).to(tl.int32, bitcast=True)
     top = tl.max(tops, 0)
     a = tl.min(tl.where(tops == top, indices, 2147483647), 0)
     second_a = tl.load(second + row * stride + a)
     teacher_a = top - second_a if delta else second_a
-    teacher_top = tl.max(tl.load(_part(parts, row, 2, splits, count) + split), 0)
+    teacher_top = tl.max(tl.load(theirs + 2 * splits), 0)
     return top, second_a, (teacher_top - teacher_a) * inverse_t
 
 
@@ -124,29 +118,25 @@ def _sums_kernel(z_s, second, parts, vocab, stride, inverse_t, kind: tl.constexp
             moment += tl.where(near, unit * e_near * k_back, -times(e_t, d))
         student_moment += times(e_s, s)
         teacher_moment += times(e_t, t)
-    split = tl.program_id(1)
-    tl.store(_part(parts, row, 3, splits, count) + split, tl.sum(student, 0))
-    tl.store(_part(parts, row, 4, splits, count) + split, tl.sum(difference, 0))
-    tl.store(_part(parts, row, 5, splits, count) + split, tl.sum(far_teacher, 0))
-    tl.store(_part(parts, row, 6, splits, count) + split, tl.sum(far_student, 0))
-    tl.store(_part(parts, row, 7, splits, count) + split, tl.sum(moment, 0))
-    tl.store(_part(parts, row, 8, splits, count) + split, tl.sum(student_moment, 0))
-    tl.store(_part(parts, row, 9, splits, count) + split, tl.sum(teacher_moment, 0))
-
-
-@triton.jit
-def _merged(parts, row, index: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):
-    return tl.sum(tl.load(_part(parts, row, index, splits, count) + tl.arange(0, splits)), 0)
+    mine = parts + row * count * splits + tl.program_id(1)
+    tl.store(mine + 3 * splits, tl.sum(student, 0))
+    tl.store(mine + 4 * splits, tl.sum(difference, 0))
+    tl.store(mine + 5 * splits, tl.sum(far_teacher, 0))
+    tl.store(mine + 6 * splits, tl.sum(far_student, 0))
+    tl.store(mine + 7 * splits, tl.sum(moment, 0))
+    tl.store(mine + 8 * splits, tl.sum(student_moment, 0))
+    tl.store(mine + 9 * splits, tl.sum(teacher_moment, 0))
 
 
 @triton.jit
 def _merge_sums(parts, row, t_max, kind: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):
     """S, Q in units of exp(t_max), c = ln(Q / S), and the value of the two KLs."""
-    student = _merged(parts, row, 3, splits, count)
-    near = _merged(parts, row, 4, splits, count)
-    far_teacher = _merged(parts, row, 5, splits, count)
-    far_student = _merged(parts, row, 6, splits, count)
-    moment = _merged(parts, row, 7, splits, count)
+    theirs = parts + row * count * splits + tl.arange(0, splits)
+    student = tl.sum(tl.load(theirs + 3 * splits), 0)
+    near = tl.sum(tl.load(theirs + 4 * splits), 0)
+    far_teacher = tl.sum(tl.load(theirs + 5 * splits), 0)
+    far_student = tl.sum(tl.load(theirs + 6 * splits), 0)
+    moment = tl.sum(tl.load(theirs + 7 * splits), 0)
     unit = tl.exp(-t_max)
     far = far_teacher * tl.exp(tl.minimum(t_max, 30.0)) - far_student
     ratio = (near + far) / student  # Q / S - 1
@@ -189,9 +179,9 @@ def _mixture_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, kind: tl
         near_teacher = p * (1.0 + growth) * log_remainder(back)
         to_student += tl.where(near, near_student, beta * (q - p) - times(p, g))
         to_teacher += tl.where(near, near_teacher, (1.0 - beta) * (p - q) + times(q, h))
-    split = tl.program_id(1)
-    tl.store(_part(parts, row, 10, splits, count) + split, tl.sum(to_student, 0))
-    tl.store(_part(parts, row, 11, splits, count) + split, tl.sum(to_teacher, 0))
+    mine = parts + row * count * splits + tl.program_id(1)
+    tl.store(mine + 10 * splits, tl.sum(to_student, 0))
+    tl.store(mine + 11 * splits, tl.sum(to_teacher, 0))
 
 
 @triton.jit
@@ -230,14 +220,15 @@ def _gradient_kernel(z_s, second, parts, scale, grad, value_out, student_entropy
     top, second_a, t_max = _merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
     student, teacher, c, value = _merge_sums(parts, row, t_max, kind, splits, count)
     shift = value
+    theirs = parts + row * count * splits + tl.arange(0, splits)
     if kind == JSD:
-        shift = _merged(parts, row, 10, splits, count)
-        value = (1.0 - beta) * shift + beta * _merged(parts, row, 11, splits, count)
+        shift = tl.sum(tl.load(theirs + 10 * splits), 0)
+        value = (1.0 - beta) * shift + beta * tl.sum(tl.load(theirs + 11 * splits), 0)
     if tl.program_id(1) == 0:
         tl.store(value_out + row, tl.where(value < 0.0, 0.0, value))
-        moment = _merged(parts, row, 8, splits, count)
+        moment = tl.sum(tl.load(theirs + 8 * splits), 0)
         tl.store(student_entropy + row, tl.log(student) - moment / student)
-        moment = _merged(parts, row, 9, splits, count)
+        moment = tl.sum(tl.load(theirs + 9 * splits), 0)
         tl.store(teacher_entropy + row, tl.log(teacher) - moment / teacher)
     if with_grad:
         begin, end = _segment(vocab, tile, splits)
@@ -245,9 +236,7 @@ def _gradient_kernel(z_s, second, parts, scale, grad, value_out, student_entropy
         lane = tl.arange(0, tile)
         for start in range(begin, end, tile):
             column = start + lane
-            s, t, d, e_s, e_t = _elements(
-                z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
-            )
+            s, t, d, e_s, e_t = _elements(z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta)
             slope = _slope(e_s / student, e_t / teacher, d + c, shift, beta, kind)
             tl.store(grad + row * grad_stride + column, factor * slope, mask=column < end)
 

@@ -26,9 +26,7 @@ def test_within_twice_the_error_of_eager_torch(backend, kind, dtype, shared, tra
 @every_kind
 def test_fp16(backend, kind):
     inputs, truth, eager = cases.references(kind, torch.float16, False)
-    cases.check(
-        cases.differentiate(cases.fused(cases.DIVERGENCES[kind], backend), inputs), truth, eager, torch.float16
-    )
+    cases.check(cases.differentiate(cases.fused(cases.DIVERGENCES[kind], backend), inputs), truth, eager, torch.float16)
 
 
 @every_backend
@@ -94,12 +92,8 @@ FORMULA_MUTANTS = {
 def test_a_wrong_formula_is_rejected(kind, dtype, mutant):
     inputs, truth, eager = cases.references(kind, dtype, True)
     # in fp64: only the formula is wrong, and the exact one passes
-    cases.check(
-        cases.differentiate(cases.dense(cases.DIVERGENCES[kind]), inputs.double()), truth, eager, dtype
-    )
-    wrong = cases.differentiate(
-        lambda *a: FORMULA_MUTANTS[mutant](*a, cases.DIVERGENCES[kind]), inputs.double()
-    )
+    cases.check(cases.differentiate(cases.dense(cases.DIVERGENCES[kind]), inputs.double()), truth, eager, dtype)
+    wrong = cases.differentiate(lambda *a: FORMULA_MUTANTS[mutant](*a, cases.DIVERGENCES[kind]), inputs.double())
     for name in wrong:  # value and each gradient on its own gives it away
         with pytest.raises(AssertionError, match=name):
             cases.check({"value": truth["value"], name: wrong[name]}, truth, eager, dtype)

@@ -18,9 +18,7 @@ frozen_or_not = pytest.mark.parametrize("trainable", [True, False], ids=["traina
 def gradients(backend, inputs, reduce, trainable=True, **options):
     student = inputs.student_hidden.clone().requires_grad_()
     head = inputs.head.clone().requires_grad_(trainable)
-    value = fused_token_kl(
-        student, head, inputs.teacher_hidden, inputs.teacher_head, backend=backend, **options
-    )
+    value = fused_token_kl(student, head, inputs.teacher_hidden, inputs.teacher_head, backend=backend, **options)
     reduce(value).backward()
     return value.detach(), student.grad, head.grad
 
@@ -39,9 +37,7 @@ def test_arbitrary_upstream_equals_token_weights(backend, kind, trainable):
     value, *given = gradients(backend, inputs, torch.sum, token_weights=w, **options)
     plain, *arriving = gradients(backend, inputs, lambda v: (w * v).sum(), **options)
     torch.testing.assert_close(value, plain * w)
-    _, *both = gradients(
-        backend, inputs, lambda v: (w.sqrt() * v).sum(), token_weights=w.sqrt(), **options
-    )
+    _, *both = gradients(backend, inputs, lambda v: (w.sqrt() * v).sum(), token_weights=w.sqrt(), **options)
     for a, b, c in zip(given, arriving, both, strict=True):
         if a is not None:
             assert_close_norm(b, a, 1e-6)
@@ -121,12 +117,13 @@ def test_identical_teacher_gives_exactly_zero(backend, kind, dtype, teacher_head
 def test_chunks_do_not_matter_and_runs_repeat_to_the_bit(backend, kind, dtype):
     if dtype == torch.bfloat16 and cases.INTERPRETED:
         pytest.skip("the row kernels see fp32 logits either way")
-    inputs = cases.mixture(dtype, shared=False, n=21)
+    inputs = cases.mixture(dtype, shared=False, n=21 if not cases.INTERPRETED else 3)
     options = {"divergence": cases.DIVERGENCES[kind], "token_weights": inputs.upstream}
     whole = gradients(backend, inputs, torch.sum, **options)
     again = gradients(backend, inputs, torch.sum, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    for rows_per_chunk in (1, 20, 22):
+    n = inputs.student_hidden.shape[0]
+    for rows_per_chunk in (1, n - 1, n + 1):
         value, *chunked = gradients(
             backend, inputs, torch.sum, workspace_mib=workspace_for(inputs, backend, rows_per_chunk), **options
         )
@@ -185,9 +182,7 @@ class PeakBytes(TorchDispatchMode):
                 self.live[storage.data_ptr()] = (storage._weak_ref(), storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
         self.live = {
-            key: (ref, size)
-            for key, (ref, size) in self.live.items()
-            if not torch.UntypedStorage._expired(ref)
+            key: (ref, size) for key, (ref, size) in self.live.items() if not torch.UntypedStorage._expired(ref)
         }
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return result
@@ -291,6 +286,4 @@ def test_limits_of_jsd():
     operands = (inputs.student_hidden[:30], inputs.head, inputs.teacher_hidden[:30])  # divergences below 0.1
     for beta, kind, factor in [(1e-4, "forward_kl", 1e4), (1 - 1e-4, "reverse_kl", 1e4)]:
         jsd = fused_token_kl(*operands, divergence=Divergence("jsd", beta=beta))
-        torch.testing.assert_close(
-            jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=1e-2, atol=1e-6
-        )
+        torch.testing.assert_close(jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=1e-2, atol=1e-6)

@@ -14,6 +14,7 @@ every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
 both_forms = pytest.mark.parametrize("is_delta", [True, False], ids=["delta", "pair"])
 WIDTH = 600 if cases.INTERPRETED else 2500  # two blocks and a rest
+ROWS = 2 if cases.INTERPRETED else 8
 
 
 def run(backend, z_s, second, is_delta, divergence, scale=None, grad=None):
@@ -37,11 +38,11 @@ def truth(z_s, second, is_delta, divergence):
 @every_backend
 @every_kind
 @both_forms
-@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.5, 5.0, 40.0])
+@pytest.mark.parametrize("distance", [1e-4, 0.5, 5.0] if cases.INTERPRETED else [1e-4, 1e-2, 0.5, 5.0, 40.0])
 def test_relative_precision(backend, kind, is_delta, distance):
     g = torch.Generator().manual_seed(1)
-    z_s = 3 * torch.randn(3, WIDTH, generator=g)
-    second = distance * torch.randn(3, WIDTH, generator=g)
+    z_s = 3 * torch.randn(ROWS, WIDTH, generator=g)
+    second = distance * torch.randn(ROWS, WIDTH, generator=g)
     if not is_delta:
         second = z_s - second
     divergence = Divergence(kind, beta=0.3, temperature=0.8)
@@ -76,8 +77,8 @@ def test_identical_rows_give_exactly_zero(backend, kind, is_delta):
 def test_padded_vocabulary(backend, kind, is_delta):
     """Columns that are -inf on both sides count nothing, wherever they are."""
     g = torch.Generator().manual_seed(2)
-    z_s = 2 * torch.randn(3, WIDTH, generator=g)
-    second = 0.3 * torch.randn(3, WIDTH, generator=g)
+    z_s = 2 * torch.randn(ROWS, WIDTH, generator=g)
+    second = 0.3 * torch.randn(ROWS, WIDTH, generator=g)
     dead = torch.rand(WIDTH, generator=g) < 0.3
     dead[:130] = True
     dead[-1] = True
@@ -117,7 +118,7 @@ def test_one_hot_rows(backend, kind, is_delta):
 @every_kind
 def test_never_negative_and_bounded(backend, kind):
     """Rounding noise of the logits themselves is the smallest difference there is."""
-    z_s = 8 * torch.randn(8, WIDTH)
+    z_s = 8 * torch.randn(ROWS, WIDTH)
     z_t = z_s * (1 + 2.0**-23)
     out, _ = run(backend, z_s, z_t, False, Divergence(kind, beta=0.1))
     assert (out.value >= 0).all()

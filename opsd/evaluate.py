@@ -38,7 +38,8 @@ def wilson(right: int, n: int, z: float = 1.959964) -> Accuracy:
     p, shrink = right / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
-    return Accuracy(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # at p = 0 and p = 1 a bound equals p, but for rounding
+    return Accuracy(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
 
 
 def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, max_new_tokens: int) -> list[str]:

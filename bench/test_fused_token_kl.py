@@ -11,7 +11,8 @@ from torch import Tensor
 from opsd_kernels import Divergence, fused_token_kl
 from opsd_kernels.reference import dense_token_kl
 
-ROUNDS, WARMUP = 5, 1
+ROUNDS = 4
+ONCE = {"torch rows"}  # the fallback is many times slower than everything else: one round tells it
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative error of dX that still counts as correct
 
 
@@ -34,7 +35,7 @@ class Case:
 # S2 is (512, 49152, 576); these are slices of it that finish in minutes on two cores
 CASES = [
     Case("S2/2", 256, 49152, 576, "jsd", torch.float32, trainable=False),
-    Case("S2/2", 256, 49152, 576, "jsd", torch.float32, trainable=True),
+    Case("S2/4", 128, 49152, 576, "jsd", torch.float32, trainable=True),
     Case("S2/4", 128, 49152, 576, "reverse_kl", torch.float32, trainable=True),
     Case("S2/4", 128, 49152, 576, "jsd", torch.bfloat16, trainable=False),
 ]
@@ -125,10 +126,11 @@ def gradient_error(case: Case) -> float:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_backward(benchmark, case: Case, provider: str) -> None:
     step = PROVIDERS[provider](case)
-    step()  # correctness first: a fast wrong answer is not timed
+    step()  # warm-up, and correctness first: a fast wrong answer is not timed
     if provider != "floor":
         error = gradient_error(case)
         benchmark.extra_info["error"] = error
         assert provider == "eager" or error <= MAX_ERROR[case.dtype], f"dX is off by {error:.1e}"
+    benchmark.group = str(case)
     benchmark.extra_info.update(case=str(case), provider=provider, tokens=case.n, threads=torch.get_num_threads())
-    benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=WARMUP)
+    benchmark.pedantic(step, rounds=1 if provider in ONCE else ROUNDS)

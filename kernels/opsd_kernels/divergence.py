@@ -32,7 +32,7 @@ class Divergence:
             raise ValueError(f"expected a divergence kind out of {', '.join(KINDS)}, got {self.kind!r}{hint}")
         if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
             raise ValueError(
-                f"expected 0 < beta < 1 for jsd, got {self.beta}; its limits are kind='forward_kl' and kind='reverse_kl'"
+                f"expected 0 < beta < 1 for jsd, got {self.beta}; its limits are forward_kl and reverse_kl"
             )
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"expected a positive, finite temperature, got {self.temperature}")

@@ -105,7 +105,7 @@ def fused_token_kl(
         workspace_mib=workspace_mib,
     )
     weights = None if token_weights is None else token_weights.detach().float().contiguous()
-    value, *entropies = TokenKL.apply(student_hidden, head, ops, weights, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    value, *entropies = TokenKL.apply(student_hidden, head, ops, weights, torch.is_grad_enabled())
     return (value, TokenStats(*entropies)) if return_stats else value
 
 
@@ -150,7 +150,7 @@ class TokenKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad = head_grad = None
         if ctx.hidden_grad is not None:
             hidden_grad = (ctx.hidden_grad * upstream[:, None]).to(ctx.hidden_grad.dtype)

@@ -13,7 +13,7 @@ from opsd_kernels.divergence import Divergence
 from opsd_kernels.rows import RowOutputs
 
 NAME = "torch"
-SLAB = 1 << 16  # elements handled at once: bounds the temporaries below
+SLAB = 1 << 18  # elements handled at once: bounds the temporaries, yet few enough slabs for torch's threads
 
 
 def scratch_bytes(vocab: int) -> int:

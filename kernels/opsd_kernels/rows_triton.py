@@ -160,13 +160,13 @@ def _mixture_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, kind: tl
                     tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     top, second_a, t_max = _merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    student, teacher, c, kl = _merge_sums(parts, row, t_max, kind, splits, count)
+    student, teacher, c, _kl = _merge_sums(parts, row, t_max, kind, splits, count)
     begin, end = _segment(vocab, tile, splits)
     lane = tl.arange(0, tile)
     to_student = tl.zeros([tile], tl.float32)
     to_teacher = tl.zeros([tile], tl.float32)
     for start in range(begin, end, tile):
-        s, t, d, e_s, e_t = _elements(
+        _s, _t, d, e_s, e_t = _elements(
             z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
         )
         p, q, u = e_s / student, e_t / teacher, -(d + c)
@@ -205,7 +205,7 @@ def _slope(p, q, r, shift, beta, kind: tl.constexpr):
     near = tl.abs(r) <= 0.25
     growth = tl.where(near, -r, 0.0)
     growth += exp_remainder(-growth)
-    g, h = _far_ratios(-r, beta)
+    g, _h = _far_ratios(-r, beta)
     forth = beta * growth
     log_ratio = tl.where(near, log_remainder(forth) - forth, -g)
     return times(p, log_ratio - shift) * (1.0 - beta)
@@ -236,7 +236,9 @@ def _gradient_kernel(z_s, second, parts, scale, grad, value_out, student_entropy
         lane = tl.arange(0, tile)
         for start in range(begin, end, tile):
             column = start + lane
-            s, t, d, e_s, e_t = _elements(z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta)
+            _s, _t, d, e_s, e_t = _elements(
+                z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
+            )
             slope = _slope(e_s / student, e_t / teacher, d + c, shift, beta, kind)
             tl.store(grad + row * grad_stride + column, factor * slope, mask=column < end)
 

@@ -121,7 +121,7 @@ def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
 
 
 def _scratch_elements(ops: Operands) -> int:
-    """fp32 elements of the widened head block: none, a whole head, or what the budget's share holds (a row at least)."""
+    """fp32 elements of the widened head block: none, all of it, or what the budget's share holds (one row at least)."""
     half = [head for head in ops.heads if gemm.needs_widening(head)]
     if not half:
         return 0

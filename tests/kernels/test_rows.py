@@ -14,7 +14,7 @@ every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
 both_forms = pytest.mark.parametrize("is_delta", [True, False], ids=["delta", "pair"])
 WIDTH = 600 if cases.INTERPRETED else 2500  # two blocks and a rest
-ROWS = 2 if cases.INTERPRETED else 8
+ROWS = 1 if cases.INTERPRETED else 8
 
 
 def run(backend, z_s, second, is_delta, divergence, scale=None, grad=None):

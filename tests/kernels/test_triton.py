@@ -25,7 +25,9 @@ def test_interpreter_passes_the_same_tests():
     autograd = (
         "retained or double or autocast or receives or uniform or detached or same or bf16-triton or token_weights"
     )
-    selection = f"not fp16 and not entropies and not own_buffer and not far and not frozen and not (test_op and ({autograd}))"
+    selection = (
+        f"not fp16 and not entropies and not own_buffer and not far and not frozen and not (test_op and ({autograd}))"
+    )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -37,7 +37,7 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
     """
     folder = (cache / f"embedded-{_key()}").absolute()
     base = {**read_yaml(HERE / "embedded.yaml")[0], "model": {"path": str(folder / "model")}}
-    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in SIZES}
+    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in (TRAIN, TEST)}
     config = load_config(None, words, base)  # a mistake in `words` is told before anything is built
     with _lock(folder):
         if not folder.exists():
@@ -52,7 +52,7 @@ def _build(folder: Path, train: Callable[[Config], Any]) -> None:
     with writing(temporary):
         for split, size in SIZES.items():
             write_split(temporary / "data", split, DATA_SEED, size)
-        build(temporary / "start", _vocabulary(), TinySize(), MODEL_SEED)
+        build(temporary / "start", vocabulary(), TinySize(), MODEL_SEED)
         run_dir = temporary / "cold_start"
         train(_cold_start(temporary, run_dir))
         checkpoint = (run_dir / "checkpoints" / "last").resolve()
@@ -71,7 +71,7 @@ def _cold_start(folder: Path, run_dir: Path) -> Config:
     return load_config(None, (), base)
 
 
-def _vocabulary() -> list[str]:
+def vocabulary() -> list[str]:
     """Every text a prompt or an answer of the job can hold."""
     prompts = PromptsConfig()
     return [*every_text(), prompts.teacher_template, prompts.label_template, prompts.subtitle_template or ""]
@@ -81,7 +81,7 @@ def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*HERE.glob("*.py"), HERE / "cold_start.yaml"]):
         digest.update(path.read_bytes())
-    digest.update("\0".join(_vocabulary()).encode())
+    digest.update("\0".join(vocabulary()).encode())
     return digest.hexdigest()[:12]
 
 

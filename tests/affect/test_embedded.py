@@ -74,5 +74,5 @@ def test_a_mistake_is_told_before_anything_is_built(tmp_path: Path) -> None:
 def test_the_key_follows_what_determines_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     key = embedded._key()
     assert key == embedded._key()
-    monkeypatch.setattr(embedded, "_vocabulary", lambda: ["another"])
+    monkeypatch.setattr(embedded, "vocabulary", lambda: ["another"])
     assert embedded._key() != key

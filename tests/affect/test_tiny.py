@@ -12,7 +12,7 @@ import torch
 
 from opsd import processing
 from opsd.affect.clips import TEST, write_split
-from opsd.affect.embedded import _vocabulary
+from opsd.affect.embedded import vocabulary
 from opsd.affect.tiny import MEDIA_TOKENS, START, TAGS, TinySize, build, build_model
 from opsd.config import load_config
 from opsd.data import Example, read_examples
@@ -25,7 +25,7 @@ SIZE = TinySize(width=32, inner=64, layers=2, heads=2, vision_width=32, audio_wi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("tiny")
-    build(made, _vocabulary(), SIZE, seed=0)
+    build(made, vocabulary(), SIZE, seed=0)
     return made
 
 

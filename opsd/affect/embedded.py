@@ -3,8 +3,9 @@
     CACHE/embedded-KEY/data/     train, validation, test: JSONL, faces/*.png, voices/*.wav
     CACHE/embedded-KEY/model/    the cold-started thinker: a folder plain transformers opens
 
-KEY is a hash of the sources and settings that determine the folder. It is built beside its place and renamed into it,
-so a run killed half-way leaves no half cache.
+KEY is a hash of the sources, settings and seed that determine the folder. The clips are the same for every seed; the
+model's initial weights and its cold start follow `train.seed`. The folder is built beside its place and renamed into
+it, so a run killed half-way leaves no half cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ HERE: Final = Path(__file__).parent
 CACHE: Final = Path("runs/cache")
 SIZES: Final = {TRAIN: 1536, VALIDATION: 96, TEST: 384}  # clips
 DATA_SEED: Final = 0
-MODEL_SEED: Final = 0
 
 
 def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = CACHE) -> Config:
@@ -35,26 +35,28 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
 
     train: the trainer, which also runs the cold start.
     """
-    folder = (cache / f"embedded-{_key()}").absolute()
-    base = {**read_yaml(HERE / "embedded.yaml")[0], "model": {"path": str(folder / "model")}}
-    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in (TRAIN, TEST)}
-    config = load_config(None, words, base)  # a mistake in `words` is told before anything is built
+    base = {**read_yaml(HERE / "embedded.yaml")[0], "model": {"path": "."}}
+    seed = load_config(None, words, base).train.seed  # a mistake in `words` is told before anything is built
+    folder = (cache / f"embedded-{_key(seed)}").absolute()
+    base["model"] = {"path": str(folder / "model")}
+    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in SIZES}
+    config = load_config(None, words, base)
     with _lock(folder):
         if not folder.exists():
             print("first run: drawing clips and cold-starting a small model, once", flush=True)
-            _build(folder, train)
+            _build(folder, train, seed)
     return config
 
 
-def _build(folder: Path, train: Callable[[Config], Any]) -> None:
+def _build(folder: Path, train: Callable[[Config], Any], seed: int) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
         for split, size in SIZES.items():
             write_split(temporary / "data", split, DATA_SEED, size)
-        build(temporary / "start", vocabulary(), TinySize(), MODEL_SEED)
+        build(temporary / "start", vocabulary(), TinySize(), seed)
         run_dir = temporary / "cold_start"
-        train(_cold_start(temporary, run_dir))
+        train(_cold_start(temporary, run_dir, seed))
         checkpoint = (run_dir / "checkpoints" / "last").resolve()
         for name in ("trainer.safetensors", "trainer.json"):  # of no use once the cold start is over
             (checkpoint / name).unlink()
@@ -64,10 +66,10 @@ def _build(folder: Path, train: Callable[[Config], Any]) -> None:
         os.replace(temporary, folder)
 
 
-def _cold_start(folder: Path, run_dir: Path) -> Config:
+def _cold_start(folder: Path, run_dir: Path, seed: int) -> Config:
     base = {**read_yaml(HERE / "cold_start.yaml")[0], "model": {"path": str(folder / "start")}}
     base["data"]["train"] = str(folder / "data" / "train.jsonl")
-    base["train"]["run_dir"] = str(run_dir)
+    base["train"] |= {"run_dir": str(run_dir), "seed": seed}
     return load_config(None, (), base)
 
 
@@ -77,11 +79,11 @@ def vocabulary() -> list[str]:
     return [*every_text(), prompts.teacher_template, prompts.label_template, prompts.subtitle_template or ""]
 
 
-def _key() -> str:
+def _key(seed: int) -> str:
     digest = hashlib.sha256()
     for path in sorted([*HERE.glob("*.py"), HERE / "cold_start.yaml"]):
         digest.update(path.read_bytes())
-    digest.update("\0".join(vocabulary()).encode())
+    digest.update("\0".join([*vocabulary(), str(seed)]).encode())
     return digest.hexdigest()[:12]
 
 

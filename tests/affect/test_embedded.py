@@ -37,19 +37,28 @@ class Trainer:
 def test_built_once_then_found(tmp_path: Path) -> None:
     trainer = Trainer()
     first = embedded.prepare([], trainer, tmp_path)
-    second = embedded.prepare(["train.seed=1"], trainer, tmp_path)
+    second = embedded.prepare(["train.steps=1"], trainer, tmp_path)
     assert len(trainer.asked) == 1
     cold = trainer.asked[0]
     assert cold.objective.kind == "sft" and cold.objective.teacher_view_fraction > 0.5
     assert cold.data.labels == LABELS and cold.data.test is None
 
-    assert first.objective.kind == "distill" and second.train.seed == 1
+    assert first.objective.kind == "distill" and second.train.steps == 1
     assert first.model == second.model and first.data == second.data
     model = Path(first.model.path)
     assert [path.name for path in model.iterdir()] == ["model.safetensors"]
     assert first.data.train and first.data.test and first.data.train.is_file() and first.data.test.is_file()
     assert {path.name for path in model.parent.iterdir()} == {"cold_start", "data", "model"}
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == [model.parent.name]
+
+
+def test_another_seed_is_another_cold_start_on_the_same_clips(tmp_path: Path) -> None:
+    trainer = Trainer()
+    first, second = (embedded.prepare([f"train.seed={seed}"], trainer, tmp_path) for seed in (0, 1))
+    assert [cold.train.seed for cold in trainer.asked] == [0, 1]
+    assert first.model.path != second.model.path
+    assert first.data.test and second.data.test
+    assert first.data.test.read_bytes() == second.data.test.read_bytes()
 
 
 def test_a_killed_build_leaves_nothing_that_is_used(tmp_path: Path) -> None:
@@ -72,7 +81,7 @@ def test_a_mistake_is_told_before_anything_is_built(tmp_path: Path) -> None:
 
 
 def test_the_key_follows_what_determines_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = embedded._key()
-    assert key == embedded._key()
+    key = embedded._key(0)
+    assert key == embedded._key(0) != embedded._key(1)
     monkeypatch.setattr(embedded, "vocabulary", lambda: ["another"])
-    assert embedded._key() != key
+    assert embedded._key(0) != key

@@ -152,23 +152,26 @@ class _Plain:
 
 
 class _Rich:
-    def __init__(self, steps: int):
-        from rich import progress
+    """A bar with the time left, and under it what the last logged step measured."""
 
-        self._bar = progress.Progress(
-            progress.TextColumn("step {task.completed}/{task.total}"),
-            progress.BarColumn(bar_width=20),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.description}"),
-        )
+    def __init__(self, steps: int):
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         self._task = self._bar.add_task("", total=steps)
-        self._bar.start()
+        self._live = Live(self._bar)
+        self._live.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        self._bar.update(self._task, completed=record["step"], description=summary(record))
+        from rich.console import Group
+        from rich.text import Text
+
+        self._bar.update(self._task, completed=record["step"])
+        self._live.update(Group(self._bar, Text(summary(record).replace("  tok/s ", "\ntokens/s  "))))
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        self._bar.stop()
+        self._live.stop()

@@ -25,6 +25,9 @@ from opsd.run import Run
 from opsd.teacher import score
 
 
+_PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student",)}  # where tokens are computed
+
+
 @dataclass(frozen=True)
 class Group:
     """B rows, the prompt the student answers, and G responses each."""
@@ -111,7 +114,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     per_token = ("divergence", "student_entropy", "teacher_entropy")
     record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
     steps = step - run.logged
-    record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in PHASES if seconds.get(p, 0) > 1e-4}
+    record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in _PHASES[run.config.objective.kind]}
     record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
     run.logged = step
     run.directory.append("metrics", record)

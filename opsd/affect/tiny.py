@@ -183,6 +183,9 @@ def preprocessor_config(size: TinySize) -> dict[str, Any]:
 
 def build(folder: Path, texts: Iterable[str], size: TinySize, seed: int) -> None:
     """Write model, tokenizer and processor files to `folder`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a megabyte is written before a bar is drawn
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(texts)
     tokenizer.save_pretrained(folder)

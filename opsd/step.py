@@ -24,7 +24,6 @@ from opsd.rollout import Sampling, decode, rollout
 from opsd.run import Run
 from opsd.teacher import score
 
-
 _PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student",)}  # where tokens are computed
 
 

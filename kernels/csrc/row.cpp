@@ -214,9 +214,29 @@ Mixture mixture_row(float* z_s, float* z_t, const RowOptions o, const Centre cen
     return total;
 }
 
+// Everything but the value. `token` holds the centred logits of the sampled token, read before the row was consumed.
 template <bool DELTA>
-RowResult run_row(float* z_s, float* z_t, const RowOptions o, float scale, float* grad) {
+RowResult by_products(const RowOptions o, const Centre centre, const Sums& sums, const Statistics& st,
+                      const Element token) {
+    const double log_student = std::log(sums.student), log_teacher = std::log(st.teacher);
+    const float teacher_centre = DELTA ? centre.z_s - centre.second : centre.second;
+    RowResult result;
+    result.of[STUDENT_ENTROPY] = static_cast<float>(log_student - sums.student_moment / sums.student);
+    result.of[TEACHER_ENTROPY] = static_cast<float>(log_teacher - sums.teacher_moment / st.teacher);
+    result.of[STUDENT_LSE] = static_cast<float>(centre.z_s * o.inverse_temperature + log_student);
+    result.of[TEACHER_LSE] =
+        static_cast<float>(teacher_centre * o.inverse_temperature + centre.t_max + log_teacher);
+    result.of[TOP1_AGREEMENT] = centre.t_max <= 0.0f ? 1.0f : 0.0f;
+    result.of[STUDENT_LOGPROB] = static_cast<float>(token.s - log_student);
+    result.of[TEACHER_LOGPROB] = static_cast<float>(token.t - centre.t_max - log_teacher);
+    return result;
+}
+
+template <bool DELTA>
+RowResult run_row(float* z_s, float* z_t, const RowOptions o, int64_t token, float scale, float* grad) {
     const Centre centre = find_centre<DELTA>(z_s, z_t, o);
+    Element sampled{NAN, NAN, NAN, NAN, NAN};
+    if (token >= 0 && token < o.vocab) sampled = element<DELTA>(z_s[token], z_t[token], centre, o.inverse_temperature);
     Sums sums;
     if (o.kind == FORWARD_KL) sums = sum_row<DELTA, FORWARD_KL, false>(z_s, z_t, o, centre);
     else if (o.kind == JSD) sums = sum_row<DELTA, JSD, false>(z_s, z_t, o, centre);
@@ -235,18 +255,17 @@ RowResult run_row(float* z_s, float* z_t, const RowOptions o, float scale, float
         const float shift = static_cast<float>(st.c - st.value);
         reverse_gradient(z_s, z_t, o.vocab, static_cast<float>(scale / sums.student), shift, grad);
     }
-    RowResult result;
-    result.value = value < 0 ? 0.0f : static_cast<float>(value);
-    result.student_entropy = static_cast<float>(std::log(sums.student) - sums.student_moment / sums.student);
-    result.teacher_entropy = static_cast<float>(std::log(st.teacher) - sums.teacher_moment / st.teacher);
+    RowResult result = by_products<DELTA>(o, centre, sums, st, sampled);
+    result.of[VALUE] = value < 0 ? 0.0f : static_cast<float>(value);
+    if (token < 0) result.of[STUDENT_LOGPROB] = result.of[TEACHER_LOGPROB] = 0.0f;
     return result;
 }
 
 }  // namespace
 
-RowResult row(float* z_s, float* z_t, const RowOptions& options, float scale, float* grad) {
-    return options.is_delta ? run_row<true>(z_s, z_t, options, scale, grad)
-                            : run_row<false>(z_s, z_t, options, scale, grad);
+RowResult row(float* z_s, float* z_t, const RowOptions& options, int64_t token, float scale, float* grad) {
+    return options.is_delta ? run_row<true>(z_s, z_t, options, token, scale, grad)
+                            : run_row<false>(z_s, z_t, options, token, scale, grad);
 }
 
 }  // namespace OPSD_ISA

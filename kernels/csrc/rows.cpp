@@ -39,7 +39,7 @@ Variant current = variant_named(nullptr);
 
 }  // namespace
 
-OPSD_EXPORT int opsd_rows_abi() { return 1; }
+OPSD_EXPORT int opsd_rows_abi() { return 2; }
 
 OPSD_EXPORT const char* opsd_rows_isa() { return current.name; }
 
@@ -49,18 +49,17 @@ OPSD_EXPORT void opsd_rows_use_isa(const char* name) { current = variant_named(n
 OPSD_EXPORT void opsd_rows_run(
     float* z_s, float* z_t, int64_t rows, int64_t vocab, int64_t stride_s, int64_t stride_t,
     int is_delta, int kind, float beta, float inverse_temperature,
-    const float* scale, float* grad, int64_t stride_grad,
-    float* value, float* student_entropy, float* teacher_entropy, int threads) {
+    const int64_t* tokens, const float* scale, float* grad, int64_t stride_grad,
+    float* results, int64_t stride_results, int threads) {
     const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature};
     const RowFunction row = current.row;
     std::atomic<int64_t> next{0};
     auto work = [&] {
         for (int64_t i; (i = next.fetch_add(1)) < rows;) {
             float* target = grad == nullptr ? nullptr : grad + i * stride_grad;
-            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, scale[i], target);
-            value[i] = r.value;
-            student_entropy[i] = r.student_entropy;
-            teacher_entropy[i] = r.teacher_entropy;
+            const int64_t token = tokens == nullptr ? NO_TOKEN : tokens[i];
+            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, token, scale[i], target);
+            for (int k = 0; k < RESULTS; ++k) results[k * stride_results + i] = r.of[k];
         }
     };
     const int64_t useful = std::max<int64_t>(1, rows * vocab / (1 << 16));  // a thread per 64k elements at most

@@ -18,14 +18,23 @@ struct RowOptions {
     float inverse_temperature;
 };
 
+constexpr int64_t NO_TOKEN = -1;  // and every other negative one: log-probabilities of 0
+
+// What a row gives, in the order of RESULTS in rows.py.
+enum Result {
+    VALUE, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_LSE, TEACHER_LSE, TOP1_AGREEMENT, STUDENT_LOGPROB, TEACHER_LOGPROB,
+    RESULTS
+};
+
 struct RowResult {
-    float value, student_entropy, teacher_entropy;
+    float of[RESULTS];
 };
 
 // One row. z_s and z_t are consumed; grad (may be z_s, may be null) = scale * d value / d (z_s / temperature).
-using RowFunction = RowResult (*)(float* z_s, float* z_t, const RowOptions& options, float scale, float* grad);
+using RowFunction = RowResult (*)(float* z_s, float* z_t, const RowOptions& options, int64_t token, float scale,
+                                  float* grad);
 
 // The same source, compiled once per instruction set.
-namespace generic { RowResult row(float*, float*, const RowOptions&, float, float*); }
-namespace avx2 { RowResult row(float*, float*, const RowOptions&, float, float*); }
-namespace avx512 { RowResult row(float*, float*, const RowOptions&, float, float*); }
+namespace generic { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }
+namespace avx2 { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }
+namespace avx512 { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }

@@ -1,6 +1,7 @@
 """Token-level divergences between two language-model heads, without ever holding a [tokens, vocabulary] tensor."""
 
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.fused_token_kl import TokenStats, fused_token_kl
+from opsd_kernels.fused_token_kl import fused_token_kl
+from opsd_kernels.stats import TokenStats
 
 __all__ = ["Divergence", "TokenStats", "fused_token_kl"]

@@ -12,6 +12,7 @@ def check_operands(
     teacher_hidden: Tensor,
     teacher_head: Tensor | None,
     token_weights: Tensor | None,
+    tokens: Tensor | None,
 ) -> None:
     tensors = {"student_hidden": student_hidden, "head": head, "teacher_hidden": teacher_hidden}
     if teacher_head is not None:
@@ -32,6 +33,8 @@ def check_operands(
         raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {teacher_head.shape[0]}")
     if token_weights is not None:
         _check_weights(token_weights, student_hidden)
+    if tokens is not None:
+        _check_tokens(tokens, student_hidden)
 
 
 def _check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -62,3 +65,11 @@ def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
         raise ValueError(f"expected token_weights on {student_hidden.device}, got {weights.device}")
     if weights.requires_grad:
         raise ValueError("expected token_weights without requires_grad (they are constants), got a tensor with it")
+
+
+def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
+    n = student_hidden.shape[0]
+    if tuple(tokens.shape) != (n,) or tokens.dtype != torch.int64:
+        raise ValueError(f"expected tokens of shape ({n},) in int64, got {tuple(tokens.shape)} in {tokens.dtype}")
+    if tokens.device != student_hidden.device:
+        raise ValueError(f"expected tokens on {student_hidden.device}, got {tokens.device}")

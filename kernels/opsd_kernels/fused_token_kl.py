@@ -12,7 +12,7 @@ one reused workspace (chunking.py, sweep.py), and the gradient is formed in the 
 2 N D V operations, a frozen head takes 3 G and a trainable one 4 G.
 """
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,18 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from opsd_kernels.checks import check_operands
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.rows import select_rows
+from opsd_kernels.rows import RowOutputs, select_rows
+from opsd_kernels.stats import TokenStats
 from opsd_kernels.sweep import Operands, sweep
 
 DEFAULT_WORKSPACE_MIB = 1200  # 512 logits rows and 2048 gradient rows of a 152k vocabulary in bf16
 Backend = Literal["auto", "triton", "native", "torch"]
-
-
-class TokenStats(NamedTuple):
-    """By-products of the same pass: (N,) fp32, unweighted, at the divergence's temperature, without gradient."""
-
-    student_entropy: Tensor
-    teacher_entropy: Tensor
 
 
 @overload
@@ -43,6 +37,7 @@ def fused_token_kl(
     *,
     divergence: Divergence | str = ...,
     token_weights: Tensor | None = ...,
+    tokens: Tensor | None = ...,
     workspace_mib: float = ...,
     backend: Backend = ...,
     return_stats: Literal[False] = False,
@@ -56,6 +51,7 @@ def fused_token_kl(
     *,
     divergence: Divergence | str = ...,
     token_weights: Tensor | None = ...,
+    tokens: Tensor | None = ...,
     workspace_mib: float = ...,
     backend: Backend = ...,
     return_stats: Literal[True],
@@ -68,6 +64,7 @@ def fused_token_kl(
     *,
     divergence: Divergence | str = "reverse_kl",
     token_weights: Tensor | None = None,  # (N,)
+    tokens: Tensor | None = None,  # (N,) int64
     workspace_mib: float = DEFAULT_WORKSPACE_MIB,
     backend: Backend = "auto",
     return_stats: bool = False,
@@ -78,7 +75,8 @@ def fused_token_kl(
     token_weights: constants that multiply both value and gradient (None: ones); 0 leaves a token out.
     workspace_mib: budget for everything beside inputs, results and the gradients handed back.
     backend: row kernel; "auto" is triton on CUDA, native C++ on CPU, torch where those are missing (logged once).
-    return_stats: also return TokenStats.
+    return_stats: also return TokenStats (stats.py), from the same pass.
+    tokens: the sampled tokens, whose log-probabilities under both sides TokenStats then holds.
 
     Upstream gradients. A frozen head (requires_grad False) is exact for any per-token gradient without recompute.
     A trainable head needs the upstream to be one number for all tokens, as `.sum()` hands back: put masks and
@@ -94,7 +92,7 @@ def fused_token_kl(
     that cannot hold one row, or a named backend that is not available. N = 0 gives an empty result, zero gradients.
     """
     divergence = Divergence.of(divergence)
-    check_operands(student_hidden, head, teacher_hidden, teacher_head, token_weights)
+    check_operands(student_hidden, head, teacher_hidden, teacher_head, token_weights, tokens)
     ops = Operands(
         student_hidden=student_hidden,
         head=head,
@@ -103,10 +101,11 @@ def fused_token_kl(
         divergence=divergence,
         rows=select_rows(backend, student_hidden.device),
         workspace_mib=workspace_mib,
+        tokens=None if tokens is None else tokens.contiguous(),
     )
     weights = None if token_weights is None else token_weights.detach().float().contiguous()
-    value, *entropies = TokenKL.apply(student_hidden, head, ops, weights, torch.is_grad_enabled())
-    return (value, TokenStats(*entropies)) if return_stats else value
+    value, table = TokenKL.apply(student_hidden, head, ops, weights, torch.is_grad_enabled())
+    return (value, TokenStats.of(RowOutputs(table), tokens is not None)) if return_stats else value
 
 
 def _is_shared(head: Tensor, teacher_head: Tensor | None) -> bool:
@@ -132,21 +131,20 @@ class TokenKL(torch.autograd.Function):
         ops: Operands,
         weights: Tensor | None,  # (N,) fp32
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # weighted values, and all results
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_head = grad_enabled and ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(student_hidden) if needs_hidden else None
         head_grad = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         with torch.autocast(student_hidden.device.type, enabled=False):
             out = sweep(ops, weights, hidden_grad, head_grad)
-        if weights is not None:
-            out.value.mul_(weights)
+        value = out["value"].clone() if weights is None else out["value"] * weights
         ctx.hidden_grad, ctx.head_grad = hidden_grad, head_grad
         if needs_head:  # only a second pass reads them
             ctx.ops, ctx.weights = ops, weights
             ctx.save_for_backward(student_hidden, head)  # raises if they change in place before that pass
-        ctx.mark_non_differentiable(out.student_entropy, out.teacher_entropy)
-        return out.value, out.student_entropy, out.teacher_entropy
+        ctx.mark_non_differentiable(out.table)
+        return value, out.table
 
     @staticmethod
     @once_differentiable

@@ -44,7 +44,18 @@ def dense_token_kl(
     return token_divergence(student_hidden @ head.mT, z_t, divergence)
 
 
-def entropy(logits: Tensor, temperature: float) -> Tensor:  # (N, V) -> (N,)
-    """-sum p ln p of softmax(logits / temperature)."""
-    log_p = torch.log_softmax(logits.clamp_min(NOTHING) / temperature, dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+def by_products(
+    z_s: Tensor,  # (N, V)
+    z_t: Tensor,  # (N, V)
+    divergence: Divergence,
+    tokens: Tensor,  # (N,) int64
+) -> dict[str, Tensor]:  # each (N,), named as in TokenStats
+    top = z_s.argmax(dim=-1, keepdim=True)
+    results = {"top1_agreement": (z_t.gather(1, top) == z_t.amax(dim=-1, keepdim=True))[:, 0].to(z_s.dtype)}
+    for side, logits in (("student", z_s), ("teacher", z_t)):
+        z = logits.detach().clamp_min(NOTHING) / divergence.temperature
+        log_p = torch.log_softmax(z, dim=-1)
+        results[f"{side}_entropy"] = -(log_p.exp() * log_p).sum(dim=-1)
+        results[f"{side}_lse"] = z.logsumexp(dim=-1)
+        results[f"{side}_logprob"] = log_p.gather(1, tokens[:, None])[:, 0]
+    return results

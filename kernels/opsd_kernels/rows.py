@@ -14,16 +14,23 @@ _log = logging.getLogger("opsd_kernels")
 _announced: set[str] = set()
 
 
+RESULTS = (
+    *("value", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "top1_agreement"),
+    *("student_logprob", "teacher_logprob"),
+)
+
+
 @dataclass(frozen=True)
 class RowOutputs:
-    """Per-token results, each (n,) fp32."""
+    """Per-token results: `table` (len(RESULTS), n) fp32 holds one of them per row, out["value"] is (n,)."""
 
-    value: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
+    table: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.table[RESULTS.index(name)]
 
     def rows(self, s: slice) -> "RowOutputs":
-        return RowOutputs(self.value[s], self.student_entropy[s], self.teacher_entropy[s])
+        return RowOutputs(self.table[:, s])
 
 
 class RowKernel(Protocol):
@@ -40,6 +47,7 @@ class RowKernel(Protocol):
         scale: Tensor,
         grad: Tensor | None,
         out: RowOutputs,
+        tokens: Tensor | None,
     ) -> None: ...
 
 

@@ -11,7 +11,7 @@ from opsd_kernels.divergence import KINDS, Divergence
 from opsd_kernels.rows import RowOutputs
 
 LIBRARY = Path(__file__).with_name("_rows.so")
-ABI = 1
+ABI = 2
 
 
 def obstacle() -> str:
@@ -36,14 +36,9 @@ def _library() -> ctypes.CDLL:
     library.opsd_rows_run.restype = None
     library.opsd_rows_run.argtypes = [
         *(pointer, pointer, i64, i64, i64, i64),  # z_s, z_t, rows, vocab, stride of each
-        *(
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_float,
-            ctypes.c_float,
-        ),  # is_delta, kind, beta, 1 / temperature
-        *(pointer, pointer, i64),  # scale, grad, its stride
-        *(pointer, pointer, pointer, ctypes.c_int),  # value, student entropy, teacher entropy, threads
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_float),  # is_delta, kind, beta, 1 / temperature
+        *(pointer, pointer, pointer, i64),  # tokens, scale, grad, its stride
+        *(pointer, i64, ctypes.c_int),  # results, their stride, threads
     ]
     return library
 
@@ -66,13 +61,14 @@ def run(
     scale: Tensor,  # (n,) fp32 weight of each row's gradient
     grad: Tensor | None,  # (n, V) fp32, may be z_s
     out: RowOutputs,
+    tokens: Tensor | None = None,  # (n,) int64
 ) -> None:
     """Fill `out` and, unless None, grad = scale * d value / d (z_s / temperature)."""
     rows, vocab = z_s.shape
     _library().opsd_rows_run(
         *(z_s.data_ptr(), z_t.data_ptr(), rows, vocab, z_s.stride(0), z_t.stride(0)),
         *(is_delta, KINDS.index(divergence.kind), divergence.beta, 1.0 / divergence.temperature),
-        *(scale.data_ptr(), None if grad is None else grad.data_ptr(), 0 if grad is None else grad.stride(0)),
-        *(out.value.data_ptr(), out.student_entropy.data_ptr(), out.teacher_entropy.data_ptr()),
-        torch.get_num_threads(),
+        *(None if tokens is None else tokens.data_ptr(), scale.data_ptr()),
+        *(None if grad is None else grad.data_ptr(), 0 if grad is None else grad.stride(0)),
+        *(out.table.data_ptr(), out.table.stride(0), torch.get_num_threads()),
     )

@@ -29,12 +29,14 @@ def run(
     scale: Tensor,  # (n,) fp32 weight of each row's gradient
     grad: Tensor | None,  # (n, V), may be z_s
     out: RowOutputs,
+    tokens: Tensor | None = None,  # (n,) int64
 ) -> None:
     """Fill `out` and, unless None, grad = scale * d value / d (z_s / temperature)."""
     step = max(1, SLAB // max(1, z_s.shape[1]))
     for i in range(0, z_s.shape[0], step):
         s = slice(i, min(i + step, z_s.shape[0]))
-        _slab(z_s[s], z_t[s], is_delta, divergence, scale[s], None if grad is None else grad[s], out.rows(s))
+        target, sampled = (None if x is None else x[s] for x in (grad, tokens))
+        _slab(z_s[s], z_t[s], is_delta, divergence, scale[s], target, out.rows(s), sampled)
 
 
 def _slab(
@@ -45,10 +47,12 @@ def _slab(
     scale: Tensor,
     grad: Tensor | None,
     out: RowOutputs,
+    tokens: Tensor | None,
 ) -> None:
     inverse = 1.0 / divergence.temperature
     top = z_s.argmax(dim=-1, keepdim=True)
-    student, other = z_s - z_s.gather(1, top), z_t - z_t.gather(1, top)
+    z_top, second_top = z_s.gather(1, top), z_t.gather(1, top)
+    student, other = z_s - z_top, z_t - second_top
     s = student * inverse
     d = (other if is_delta else student - other) * inverse
     t = (student - other if is_delta else other) * inverse
@@ -56,8 +60,11 @@ def _slab(
     e_s, e_t = s.exp(), (t - t_max).exp()
     sum_s, sum_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
     p, q = e_s / sum_s, e_t / sum_t
-    out.student_entropy.copy_(_entropy(p, s, sum_s))
-    out.teacher_entropy.copy_(_entropy(q, t - t_max, sum_t))
+    _by_products("student", s, p, sum_s, z_top * inverse, out, tokens)
+    _by_products(
+        "teacher", t - t_max, q, sum_t, (z_top - second_top if is_delta else second_top) * inverse + t_max, out, tokens
+    )
+    out["top1_agreement"].copy_((t_max <= 0)[:, 0])
 
     # sum of exp(t) - exp(s): expm1 where the two are close, their plain difference where expm1 could overflow
     difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.clamp(max=30).exp() - e_s)
@@ -66,13 +73,30 @@ def _slab(
     r = d + c
     x = torch.where(r.abs() <= 1, p * torch.expm1(-r), q - p)  # q - p
     value, slope = _FORMULAS[divergence.kind](p, q, r, x, divergence.beta)
-    out.value.copy_(value.clamp_min(0))
+    out["value"].copy_(value.clamp_min(0))
     if grad is not None:
         grad.copy_(slope * scale[:, None])
 
 
-def _entropy(p: Tensor, centred: Tensor, total: Tensor) -> Tensor:
-    return (total.log() - _times(p, centred).sum(-1, keepdim=True))[:, 0]
+def _by_products(
+    side: str,
+    centred: Tensor,  # (n, V) logits / temperature - centre
+    p: Tensor,
+    total: Tensor,  # sum of exp(centred), (n, 1)
+    centre: Tensor,
+    out: RowOutputs,
+    tokens: Tensor | None,
+) -> None:
+    log_total = total.log()
+    out[f"{side}_entropy"].copy_((log_total - _times(p, centred).sum(-1, keepdim=True))[:, 0])
+    out[f"{side}_lse"].copy_((centre + log_total)[:, 0])
+    if tokens is None:
+        out[f"{side}_logprob"].zero_()
+        return
+    at = tokens[:, None]
+    log_p = centred.gather(1, at.clamp(0, centred.shape[1] - 1)) - log_total
+    log_p = torch.where(at < 0, 0.0, torch.where(at < centred.shape[1], log_p, torch.nan))
+    out[f"{side}_logprob"].copy_(log_p[:, 0])
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:

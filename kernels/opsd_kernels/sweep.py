@@ -8,7 +8,7 @@ from torch import Tensor
 from opsd_kernels import gemm
 from opsd_kernels.chunking import ChunkCosts, ChunkPlan, plan_chunks
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.rows import RowKernel, RowOutputs
+from opsd_kernels.rows import RESULTS, RowKernel, RowOutputs
 
 SCRATCH_SHARE = 8  # one part in so many of the workspace may hold a widened block of a half-precision head
 
@@ -24,6 +24,7 @@ class Operands:
     divergence: Divergence
     rows: RowKernel
     workspace_mib: float
+    tokens: Tensor | None = None  # (N,) int64
 
     @property
     def heads(self) -> list[Tensor]:
@@ -57,14 +58,13 @@ def sweep(
     hidden_grad: Tensor | None,  # (N, D), filled
     head_grad: Tensor | None,  # (V, D) fp32, added to
 ) -> RowOutputs:
-    """Unweighted values and entropies of all tokens; weighted gradients where a tensor for them is given."""
+    """Unweighted results of all tokens; weighted gradients where a tensor for them is given."""
     n = ops.student_hidden.shape[0]
     device = ops.student_hidden.device
     with_grad = hidden_grad is not None or head_grad is not None
     chunks, _ = plan(ops, with_grad)
     work = _allocate(ops, chunks, with_grad)
-    value, student_entropy, teacher_entropy = torch.empty(3, n, device=device).unbind()
-    out = RowOutputs(value, student_entropy, teacher_entropy)
+    out = RowOutputs(torch.empty(len(RESULTS), n, device=device))
     inverse = 1.0 / ops.divergence.temperature
     scale = torch.full((n,), inverse, device=device) if weights is None else weights * inverse
     for start, stop in chunks.groups():
@@ -75,7 +75,8 @@ def sweep(
             target = z_s if work.grad is None else work.grad[first - start : last - start]
             is_delta = ops.teacher_head is None
             grad = target if with_grad else None
-            ops.rows.run(z_s, z_t, is_delta, ops.divergence, scale[tokens], grad, out.rows(tokens))
+            sampled = None if ops.tokens is None else ops.tokens[tokens]
+            ops.rows.run(z_s, z_t, is_delta, ops.divergence, scale[tokens], grad, out.rows(tokens), sampled)
         if with_grad:
             grads = (work.z_s if work.grad is None else work.grad)[: stop - start]
             _gradients(ops, slice(start, stop), grads, work.scratch, hidden_grad, head_grad)

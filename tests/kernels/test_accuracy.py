@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opsd_kernels import Divergence, fused_token_kl
-from opsd_kernels.reference import entropy, token_divergence
+from opsd_kernels.reference import by_products, token_divergence
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -46,21 +46,23 @@ def test_far_teacher(backend, kind):
 
 
 @every_backend
-def test_entropies(backend):
+def test_by_products(backend):
     inputs = cases.mixture(torch.float32, shared=False)
     divergence = Divergence("jsd", temperature=0.7)
-    _, stats = fused_token_kl(
-        *(inputs.student_hidden.requires_grad_(), inputs.head, inputs.teacher_hidden, inputs.teacher_head),
-        divergence=divergence,
-        backend=backend,
-        return_stats=True,
-    )
+    tokens = torch.arange(cases.N) * 7
+    operands = (inputs.student_hidden.requires_grad_(), inputs.head, inputs.teacher_hidden, inputs.teacher_head)
+    options = {"divergence": divergence, "backend": backend, "return_stats": True}
+    _, stats = fused_token_kl(*operands, tokens=tokens, token_weights=inputs.upstream, **options)
     wide = inputs.double()
     z_s, z_t = wide.student_hidden @ wide.head.mT, wide.teacher_hidden @ wide.teacher_head.mT
-    torch.testing.assert_close(stats.student_entropy.double(), entropy(z_s, 0.7).detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.teacher_entropy.double(), entropy(z_t, 0.7), rtol=1e-5, atol=1e-5)
-    assert not stats.student_entropy.requires_grad
-    assert not stats.teacher_entropy.requires_grad
+    truth = by_products(z_s, z_t, divergence, tokens)
+    assert set(stats._fields) == set(truth)
+    for name, found in stats._asdict().items():
+        torch.testing.assert_close(found.double(), truth[name], rtol=1e-5, atol=1e-5)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+    _, stats = fused_token_kl(*operands, **options)
+    assert stats.student_logprob is stats.teacher_logprob is None
 
 
 def _swapped(s, w, t, u, divergence):

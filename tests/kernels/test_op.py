@@ -238,6 +238,8 @@ class TestRefusals:
             ({"token_weights": torch.ones(44)}, r"expected token_weights of shape \(45,\)"),
             ({"token_weights": torch.ones(45, dtype=torch.bool)}, "expected floating-point token_weights"),
             ({"token_weights": torch.ones(45, requires_grad=True)}, "without requires_grad"),
+            ({"tokens": torch.zeros(44, dtype=torch.int64)}, r"expected tokens of shape \(45,\) in int64"),
+            ({"tokens": torch.zeros(45)}, r"in int64, got \(45,\) in torch.float32"),
             ({"divergence": "reverse-kl"}, "did you mean 'reverse_kl'"),
             ({"divergence": 3}, "expected a Divergence or its kind"),
             ({"backend": "cuda"}, "expected backend out of auto, triton, native, torch"),

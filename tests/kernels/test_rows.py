@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opsd_kernels import Divergence
-from opsd_kernels.reference import entropy, token_divergence
-from opsd_kernels.rows import RowOutputs, select_rows
+from opsd_kernels.reference import by_products, token_divergence
+from opsd_kernels.rows import RESULTS, RowOutputs, select_rows
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -17,13 +17,13 @@ WIDTH = 600 if cases.INTERPRETED else 2500  # two blocks and a rest
 ROWS = 1 if cases.INTERPRETED else 8
 
 
-def run(backend, z_s, second, is_delta, divergence, scale=None, grad=None):
+def run(backend, z_s, second, is_delta, divergence, scale=None, grad=None, tokens=None):
     """RowOutputs and gradient; every buffer the kernel should fill holds NaN before."""
-    out = RowOutputs(*torch.full((3, z_s.shape[0]), torch.nan).unbind())
+    out = RowOutputs(torch.full((len(RESULTS), z_s.shape[0]), torch.nan))
     scale = torch.ones(z_s.shape[0]) if scale is None else scale
     z_s, second = z_s.clone(), second.clone()
     grad = z_s if grad is None else grad
-    select_rows(backend, torch.device("cpu")).run(z_s, second, is_delta, divergence, scale, grad, out)
+    select_rows(backend, torch.device("cpu")).run(z_s, second, is_delta, divergence, scale, grad, out, tokens)
     return out, grad
 
 
@@ -47,15 +47,35 @@ def test_relative_precision(backend, kind, is_delta, distance):
         second = z_s - second
     divergence = Divergence(kind, beta=0.3, temperature=0.8)
     expected, gradient, z_t = truth(z_s, second, is_delta, divergence)
-    out, found = run(backend, z_s, second, is_delta, divergence)
+    tokens = torch.randint(WIDTH, (ROWS,), generator=g)
+    out, found = run(backend, z_s, second, is_delta, divergence, tokens=tokens)
     # centred logits of size x are exact to 2^-24 x, and so are their exponentials
     size = 1e-7 * (20 + 5 * distance)
-    torch.testing.assert_close(out.value.double(), expected, rtol=size, atol=2e-7)
+    torch.testing.assert_close(out["value"].double(), expected, rtol=size, atol=2e-7)
     # saturated rows have gradients of almost nothing, left by terms of size 1
     allowed = (1e-5 + 1e-8 / distance) * gradient.norm(dim=1) + 2e-7 * min(1, distance)
     assert ((found.double() - gradient * 0.8).norm(dim=1) <= allowed).all()
-    torch.testing.assert_close(out.student_entropy.double(), entropy(z_s.double(), 0.8), rtol=size, atol=size)
-    torch.testing.assert_close(out.teacher_entropy.double(), entropy(z_t, 0.8), rtol=size, atol=size)
+    for name, truly in by_products(z_s.double(), z_t, divergence, tokens).items():
+        torch.testing.assert_close(out[name].double(), truly, rtol=size, atol=size)
+
+
+@every_backend
+@both_forms
+def test_sampled_token_of_a_sure_student(backend, is_delta):
+    """A log-probability of almost 0 keeps its digits; the token may be the first, the last, none or wrong."""
+    g = torch.Generator().manual_seed(3)
+    z_s = torch.randn(5, WIDTH, generator=g)
+    z_s[:, 0] += 19
+    z_t = z_s + 0.1 * torch.randn(5, WIDTH, generator=g)
+    second = z_s - z_t if is_delta else z_t
+    tokens = torch.tensor([0, WIDTH - 1, 300, -100, WIDTH])
+    out, _ = run(backend, z_s, second, is_delta, Divergence(), tokens=tokens)
+    for side, logits in (("student", z_s), ("teacher", z_t)):
+        found = out[f"{side}_logprob"]
+        log_p = logits.double().log_softmax(-1)[range(3), tokens[:3]]
+        torch.testing.assert_close(found[:3].double(), log_p, rtol=1e-6, atol=3e-7)
+        assert found[3] == 0
+        assert found[4].isnan()
 
 
 @every_backend
@@ -67,7 +87,7 @@ def test_identical_rows_give_exactly_zero(backend, kind, is_delta):
     z_s[1] = 0.0
     second = torch.zeros_like(z_s) if is_delta else z_s
     out, grad = run(backend, z_s, second, is_delta, Divergence(kind, temperature=1.7))
-    assert not out.value.any()
+    assert not out["value"].any()
     assert not grad.any()
 
 
@@ -91,9 +111,8 @@ def test_padded_vocabulary(backend, kind, is_delta):
     kept, grad_kept = run(backend, z_s[:, ~dead], second[:, ~dead], is_delta, divergence)
     assert not grad[:, dead].any()
     torch.testing.assert_close(grad[:, ~dead], grad_kept, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(out.value, kept.value, rtol=5e-6, atol=1e-9)
-    torch.testing.assert_close(out.student_entropy, kept.student_entropy)
-    torch.testing.assert_close(out.teacher_entropy, kept.teacher_entropy)
+    torch.testing.assert_close(out["value"], kept["value"], rtol=5e-6, atol=1e-9)
+    torch.testing.assert_close(out.table[1:], kept.table[1:])
 
 
 @every_backend
@@ -110,7 +129,7 @@ def test_one_hot_rows(backend, kind, is_delta):
     divergence = Divergence(kind, beta=0.5)
     expected, gradient, _ = truth(z_s, second, is_delta, divergence)
     out, grad = run(backend, z_s, second, is_delta, divergence)
-    torch.testing.assert_close(out.value.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(out["value"].double(), expected, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(grad.double(), gradient, rtol=1e-5, atol=2e-6)
 
 
@@ -121,8 +140,8 @@ def test_never_negative_and_bounded(backend, kind):
     z_s = 8 * torch.randn(ROWS, WIDTH)
     z_t = z_s * (1 + 2.0**-23)
     out, _ = run(backend, z_s, z_t, False, Divergence(kind, beta=0.1))
-    assert (out.value >= 0).all()
-    assert out.value.max() < 1e-9
+    assert (out["value"] >= 0).all()
+    assert out["value"].max() < 1e-9
 
 
 @every_backend
@@ -131,7 +150,7 @@ def test_scale_multiplies_the_gradient_only(backend, kind):
     z_s, delta, scale = torch.randn(3, WIDTH), 0.1 * torch.randn(3, WIDTH), torch.tensor([2.0, 0.0, -0.5])
     plain, grad = run(backend, z_s, delta, True, Divergence(kind))
     out, scaled = run(backend, z_s, delta, True, Divergence(kind), scale)
-    assert torch.equal(out.value, plain.value)
+    assert torch.equal(out["value"], plain["value"])
     torch.testing.assert_close(scaled, grad * scale[:, None], rtol=1e-6, atol=0)
 
 
@@ -150,7 +169,7 @@ def test_nan_goes_through(backend, kind):
     z_s, delta = torch.randn(2, WIDTH), torch.zeros(2, WIDTH)
     z_s[0, WIDTH // 2] = torch.nan
     out, _ = run(backend, z_s, delta, True, Divergence(kind))
-    assert out.value.isnan().tolist() == [True, False]
+    assert out["value"].isnan().tolist() == [True, False]
 
 
 @pytest.mark.skipif(cases.INTERPRETED, reason="native only")
@@ -168,5 +187,5 @@ def test_every_instruction_set_agrees(name, kind, is_delta):
         out, grad = run("native", z_s, second, is_delta, Divergence(kind))
     finally:
         native._library().opsd_rows_use_isa(None)
-    torch.testing.assert_close(out.value, best.value, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(out["value"], best["value"], rtol=2e-6, atol=1e-9)
     torch.testing.assert_close(grad, best_grad, rtol=1e-4, atol=1e-8)

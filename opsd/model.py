@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from opsd.config import ModelConfig
 from opsd.errors import InputError
-
-# Attributes by which a family changes its logits after the head. The loss sees head(hidden) only, so such a
-# family would be trained on another distribution than it samples from.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+from opsd.integrations.hf import logit_changes, skip_head
 
 
 @dataclass(frozen=True)
@@ -65,32 +62,22 @@ class LanguageModel:
 
     def forward(self, **inputs: Any) -> Forward:
         """Run the model up to its head. The head is handed zero rows, so no [tokens, vocabulary] tensor exists."""
-        seen: dict[str, Tensor | None] = {"positions": None}
+        seen: list[Tensor | None] = []
 
         def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["positions"] = kwargs.get("position_ids")
-
-        def before_head(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-            seen["hidden"] = args[0]
-            return (args[0][:, :0],)
+            seen.append(kwargs.get("position_ids"))
 
         base = self.module.get_base_model() if self.has_adapter else self.module
-        hooks = [
-            base.get_decoder().register_forward_pre_hook(before_decoder, with_kwargs=True),
-            base.get_output_embeddings().register_forward_pre_hook(before_head),
-        ]
+        hook = base.get_decoder().register_forward_pre_hook(before_decoder, with_kwargs=True)
         try:
-            with self._autocast():
+            with skip_head(self.module) as hidden, self._autocast():
                 output = self.module(**inputs)
         finally:
-            for hook in hooks:
-                hook.remove()
-        positions = seen["positions"]
+            hook.remove()
+        positions = seen[-1]
         if positions is not None:
             positions = positions[None] if positions.ndim == 2 else positions[-3:]
-        hidden = seen["hidden"]
-        assert hidden is not None
-        return Forward(hidden, getattr(output, "past_key_values", None), positions)
+        return Forward(hidden[-1], getattr(output, "past_key_values", None), positions)
 
     @contextmanager
     def mode(self, train: bool) -> Iterator[None]:
@@ -164,13 +151,9 @@ def _check_head(module: Any, path: str) -> None:
         raise InputError("a model with an output head (a causal language model)", found, field="model.path")
     if getattr(head, "bias", None) is not None:
         raise InputError("an output head without bias", f"{name}, which has one", field="model.path")
-    text_config = module.config.get_text_config()
-    for key in _LOGIT_TRANSFORMS:
-        value = getattr(text_config, key, None)
-        if value not in (None, 1, 1.0):
-            raise InputError(
-                "logits that are head(hidden), nothing after it", f"{name} with {key}={value}", field="model.path"
-            )
+    if changes := logit_changes(module):  # the loss would see another distribution than the model samples from
+        found = f"{name} with " + ", ".join(f"{key}={value}" for key, value in changes.items())
+        raise InputError("logits that are head(hidden), nothing after it", found, field="model.path")
 
 
 def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:

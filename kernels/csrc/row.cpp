@@ -1,217 +1,56 @@
-// One row of fused_token_kl, compiled once per instruction set (OPSD_ISA names the namespace).
-//
-// Centred at the student's argmax a:   s = (z_s - z_s[a]) / T,   t = (z_t - z_t[a]) / T,   d = s - t.
-// With S = sum e^s and Q = sum e^t:    c = ln(Q / S) = ln(1 + (Q - S) / S),   r = ln p - ln q = d + c.
-// Q - S is summed as e^s (k(d) - d), k(d) = e^-d - 1 + d, where |d| <= 1, and as e^t - e^s elsewhere: the signal of
-// self-distillation is a small d under large logits, and this form never subtracts two large sums. Teacher terms
-// carry exp(-t_max) so that nothing overflows. Blocks are summed in fp32 lanes, rows in double.
-#include "rows.h"
-#include "vector_math.h"
-
-#include <cmath>
+// One row of fused_token_kl, compiled once per instruction set (OPSD_ISA names the namespace): sums, terms where the
+// divergence needs them, gradient, results.
+#include "row_terms.h"
 
 namespace OPSD_ISA {
 namespace {
-
-// Options and centre are passed by value: behind a reference, a store to a row could change them, and no loop with
-// stores would vectorise.
-constexpr int64_t BLOCK = 1024;
-
-struct Centre {
-    float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
-    float t_max;        // teacher's maximum in centred units
-};
-
-struct Element {
-    float s, t, d, e_s, e_t;  // e_t = exp(t - t_max)
-};
-
-template <bool DELTA>
-inline Element element(float z_s, float second, Centre centre, float inverse_t) {
-    Element e;
-    const float student = z_s - centre.z_s, other = second - centre.second;
-    e.s = student * inverse_t;
-    e.d = (DELTA ? other : student - other) * inverse_t;  // subtracted first: equal rows give 0, whatever is fused
-    e.t = (DELTA ? student - other : other) * inverse_t;
-    e.e_s = exp_of(e.s);
-    e.e_t = exp_of(e.t - centre.t_max);
-    return e;
-}
-
-// weight * x, where a weight of 0 outweighs an infinite or undefined x
-inline float times(float weight, float x) { return weight == 0.0f ? 0.0f : weight * x; }
-
-inline float at_least(float x, float low) { return x < low ? low : x; }
-
-template <bool DELTA>
-Centre find_centre(const float* z_s, const float* z_t, const RowOptions o) {
-    float top = -INFINITY, teacher_top = -INFINITY;
-    int64_t best_block = 0;
-    for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float block_top = -INFINITY;
-#pragma omp simd reduction(max : block_top, teacher_top)
-        for (int64_t i = begin; i < end; ++i) {
-            const float teacher = DELTA ? z_s[i] - z_t[i] : z_t[i];
-            block_top = z_s[i] > block_top ? z_s[i] : block_top;
-            teacher_top = teacher > teacher_top ? teacher : teacher_top;
-        }
-        if (block_top > top) {
-            top = block_top;
-            best_block = begin;
-        }
-    }
-    int64_t a = best_block;
-    while (a + 1 < o.vocab && z_s[a] != top) ++a;
-    const float teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
-    return {z_s[a], z_t[a], (teacher_top - teacher_here) * o.inverse_temperature};
-}
-
-// Sums over a row. near: columns with |d| <= 1; far: the others. Teacher terms in units of exp(t_max).
-struct Sums {
-    double student = 0, near_difference = 0, near_remainder = 0, near_forward = 0;
-    double far_teacher = 0, far_student = 0, far_reverse = 0, far_forward = 0;
-    double student_moment = 0, teacher_moment = 0;
-};
-
-template <bool DELTA, int KIND, bool KEEP>
-Sums sum_row(float* z_s, float* z_t, const RowOptions o, const Centre centre) {
-    Sums total;
-    for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float student = 0, near_difference = 0, near_remainder = 0, near_forward = 0, far_teacher = 0;
-        float far_student = 0, far_reverse = 0, far_forward = 0, student_moment = 0, teacher_moment = 0;
-#pragma omp simd reduction(+ : student, near_difference, near_remainder, near_forward, far_teacher, far_student, \
-                               far_reverse, far_forward, student_moment, teacher_moment)
-        for (int64_t i = begin; i < end; ++i) {
-            const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-            const bool near = magnitude(e.d) <= 1.0f;  // false for inf - inf, whose terms are 0 on the far side
-            const float d = near ? e.d : 0.0f, e_near = near ? e.e_s : 0.0f;
-            const float k = exp_remainder(d);
-            student += e.e_s;
-            near_difference += e_near * (k - d);
-            far_teacher += near ? 0.0f : e.e_t;
-            far_student += near ? 0.0f : e.e_s;
-            if (KIND == REVERSE_KL) {
-                near_remainder += e_near * k;
-                far_reverse += near ? 0.0f : times(e.e_s, e.d);
-            }
-            if (KIND == FORWARD_KL) {
-                near_forward += e_near * (d * d - k * (1.0f + d));  // e^t k(-d)
-                far_forward += near ? 0.0f : times(e.e_t, e.d);
-            }
-            student_moment += e.e_s * at_least(e.s, -100.0f);
-            teacher_moment += e.e_t * at_least(e.t - centre.t_max, -100.0f);
-            if (KEEP) {
-                z_s[i] = e.e_s;
-                z_t[i] = e.d;
-            }
-        }
-        total.student += student;
-        total.near_difference += near_difference;
-        total.near_remainder += near_remainder;
-        total.near_forward += near_forward;
-        total.far_teacher += far_teacher;
-        total.far_student += far_student;
-        total.far_reverse += far_reverse;
-        total.far_forward += far_forward;
-        total.student_moment += student_moment;
-        total.teacher_moment += teacher_moment;
-    }
-    return total;
-}
-
-struct Statistics {
-    double teacher;  // Q in units of exp(t_max)
-    double c;        // ln(Q / S)
-    double value;    // of the two KLs; JSD needs another pass
-};
-
-Statistics finish(const Sums& sums, const Centre& centre, int kind) {
-    Statistics st;
-    const double unit = std::exp(-static_cast<double>(centre.t_max));
-    const double difference = unit * (sums.near_difference - sums.far_student) + sums.far_teacher;  // Q - S
-    st.teacher = unit * sums.student + difference;
-    st.c = centre.t_max < 30.0f ? std::log1p(difference / (unit * sums.student))
-                                : centre.t_max + std::log(st.teacher / sums.student);
-    st.value = 0;
-    if (kind == REVERSE_KL)  // sum p d + c, first-order terms cancel in double
-        st.value = (sums.near_remainder - sums.near_difference + sums.far_reverse) / sums.student + st.c;
-    if (kind == FORWARD_KL)  // -sum q d - c
-        st.value =
-            (unit * (sums.near_difference + sums.near_forward) - sums.far_forward) / st.teacher - st.c;
-    return st;
-}
 
 void reverse_gradient(const float* e_s, const float* d, int64_t vocab, float scale, float shift, float* grad) {
 #pragma omp simd
     for (int64_t i = 0; i < vocab; ++i) grad[i] = times(e_s[i] * scale, d[i] + shift);
 }
 
-template <bool DELTA>
+// kept and lost: the teacher's mass on kept and on clipped columns, 1 and 0 without a clip.
+template <bool DELTA, bool CLIP>
 void forward_gradient(const float* z_s, const float* z_t, const RowOptions o, const Centre centre,
-                      const Sums& sums, const Statistics& st, float scale, float* grad) {
+                      const Sums& sums, const Statistics& st, double kept_mass, double lost_mass, float scale,
+                      float* grad) {
     const float per_student = static_cast<float>(1.0 / sums.student);
     const float per_teacher = static_cast<float>(1.0 / st.teacher), c = static_cast<float>(st.c);
+    const float kept = static_cast<float>(kept_mass), lost = static_cast<float>(lost_mass);
 #pragma omp simd
     for (int64_t i = 0; i < o.vocab; ++i) {
         const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-        const float p = e.e_s * per_student, r = e.d + c;
-        const bool near = magnitude(r) <= 1.0f;
-        const float safe = near ? r : 0.0f;
-        const float far = p - e.e_t * per_teacher;
-        grad[i] = scale * (near ? p * (safe - exp_remainder(safe)) : far);
+        const float p = e.e_s * per_student, q = e.e_t * per_teacher, r = e.d + c;
+        const Term term = forward_term(p, q, r);
+        const float below = lost > 0.5f ? p * kept - q : term.slope - p * lost;  // equal; the one that keeps its digits
+        const float clipped = term.f > o.clip ? p * kept : below;
+        grad[i] = scale * (CLIP ? clipped : term.slope);
     }
 }
 
-struct Mixture {
-    double value = 0, student_kl = 0;  // JSD, KL(p || M)
-};
-
-// With u = ln(q/p), E = e^u - 1, l(x) = x - ln(1 + x): KL(p||M) = sum p l(b E), KL(q||M) = sum q l((1-b)(1/(1+E) - 1)),
-// sums of terms that cannot be negative. Leaves p in z_s and ln(p/M) in z_t, which is
-// anything where p = 0.
 template <bool DELTA>
-Mixture mixture_row(float* z_s, float* z_t, const RowOptions o, const Centre centre, const Sums& sums,
-                    const Statistics& st) {
-    const float per_student = static_cast<float>(1.0 / sums.student);
-    const float per_teacher = static_cast<float>(1.0 / st.teacher), c = static_cast<float>(st.c);
-    const float b = o.beta, a = 1.0f - o.beta;
-    Mixture total;
-    for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
-        const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float value = 0, student_kl = 0;
-#pragma omp simd reduction(+ : value, student_kl)
-        for (int64_t i = begin; i < end; ++i) {
-            const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-            const float p = e.e_s * per_student, q = e.e_t * per_teacher, u = -(e.d + c);
-            const bool near = magnitude(u) <= 0.25f;
-            const float safe = near ? u : 0.0f;
-            const float growth = safe + exp_remainder(-safe);  // E
-            const float forth = b * growth, forth_remainder = log_remainder(forth);
-            const float back_remainder = log_remainder(-a * growth / (1.0f + growth));
-            const float near_student = p * forth_remainder;
-            const float near_teacher = p * (1.0f + growth) * back_remainder;
-            // far: from the side on which exp cannot overflow; g = ln(M/p), h = ln(q/M)
-            const bool shrinks = u < 0.0f;
-            const float y = exp_of(-magnitude(u)) - 1.0f;
-            const float log_side = log_of(1.0f + (shrinks ? b : a) * y);
-            const float g = shrinks ? log_side : u + log_side;
-            const float h = shrinks ? u - log_side : -log_side;
-            const float far_student = b * (q - p) - times(p, g);
-            const float far_teacher = a * (p - q) + times(q, h);
-            const float to_student = near ? near_student : far_student;
-            const float to_teacher = near ? near_teacher : far_teacher;
-            student_kl += to_student;
-            value += a * to_student + b * to_teacher;
-            const float log_ratio = near ? forth_remainder - forth : -g;
-            z_s[i] = p;
-            z_t[i] = log_ratio;
-        }
-        total.value += value;
-        total.student_kl += student_kl;
-    }
-    return total;
+Terms terms_of(float* z_s, float* z_t, const RowOptions o, const Centre centre, const Sums& sums,
+               const Statistics& st) {
+    const bool clips = o.clip < INFINITY;
+    if (o.kind == REVERSE_KL) return terms_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre, sums, st);
+    if (o.kind == FORWARD_KL) return terms_row<DELTA, FORWARD_KL, true>(z_s, z_t, o, centre, sums, st);
+    return clips ? terms_row<DELTA, JSD, true>(z_s, z_t, o, centre, sums, st)
+                 : terms_row<DELTA, JSD, false>(z_s, z_t, o, centre, sums, st);
+}
+
+// From what terms_row left in p and slope: reverse KL and JSD.
+void terms_gradient(const float* p, const float* slope, const RowOptions o, const Terms& terms, float scale,
+                    float* grad) {
+    if (o.kind == JSD)
+        return reverse_gradient(p, slope, o.vocab, scale * (1.0f - o.beta), static_cast<float>(-terms.part), grad);
+    const float kept = static_cast<float>(terms.kept), lost = static_cast<float>(terms.lost);
+    // p (r + 1 - B) and p (0 - B), B = sum over kept columns of p (r + 1)
+    const float part = lost > 0.0f ? static_cast<float>(terms.part) : static_cast<float>(terms.safe);
+    const float shift = part - lost, over = -(part + kept);
+#pragma omp simd
+    for (int64_t i = 0; i < o.vocab; ++i)
+        grad[i] = times(p[i] * scale, slope[i] == CLIPPED ? over : slope[i] - shift);
 }
 
 // Everything but the value. `token` holds the centred logits of the sampled token, read before the row was consumed.
@@ -237,26 +76,32 @@ RowResult run_row(float* z_s, float* z_t, const RowOptions o, int64_t token, flo
     const Centre centre = find_centre<DELTA>(z_s, z_t, o);
     Element sampled{NAN, NAN, NAN, NAN, NAN};
     if (token >= 0 && token < o.vocab) sampled = element<DELTA>(z_s[token], z_t[token], centre, o.inverse_temperature);
+    const bool clips = o.clip < INFINITY, needs_terms = clips || o.kind == JSD;
     Sums sums;
     if (o.kind == FORWARD_KL) sums = sum_row<DELTA, FORWARD_KL, false>(z_s, z_t, o, centre);
     else if (o.kind == JSD) sums = sum_row<DELTA, JSD, false>(z_s, z_t, o, centre);
-    else if (grad != nullptr) sums = sum_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre);
+    else if (grad != nullptr && !needs_terms) sums = sum_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre);
     else sums = sum_row<DELTA, REVERSE_KL, false>(z_s, z_t, o, centre);
     const Statistics st = finish(sums, centre, o.kind);
-    double value = st.value;
-    if (o.kind == JSD) {
-        const Mixture mixture = mixture_row<DELTA>(z_s, z_t, o, centre, sums, st);
-        value = mixture.value;
-        const float a = 1.0f - o.beta, shift = static_cast<float>(-mixture.student_kl);
-        if (grad != nullptr) reverse_gradient(z_s, z_t, o.vocab, scale * a, shift, grad);
+    double value = st.value, lost = 0;
+    bool may_be_negative = false;
+    if (needs_terms) {
+        const Terms terms = terms_of<DELTA>(z_s, z_t, o, centre, sums, st);
+        may_be_negative = terms.lost > 0 && o.kind != JSD;
+        value = may_be_negative || (clips && o.kind == JSD) ? terms.value : terms.safe;
+        lost = terms.student_lost;
+        if (grad != nullptr && o.kind == FORWARD_KL)
+            forward_gradient<DELTA, true>(z_s, z_t, o, centre, sums, st, terms.kept, terms.lost, scale, grad);
+        else if (grad != nullptr) terms_gradient(z_s, z_t, o, terms, scale, grad);
     } else if (grad != nullptr && o.kind == FORWARD_KL) {
-        forward_gradient<DELTA>(z_s, z_t, o, centre, sums, st, scale, grad);
+        forward_gradient<DELTA, false>(z_s, z_t, o, centre, sums, st, 1, 0, scale, grad);
     } else if (grad != nullptr) {
         const float shift = static_cast<float>(st.c - st.value);
         reverse_gradient(z_s, z_t, o.vocab, static_cast<float>(scale / sums.student), shift, grad);
     }
     RowResult result = by_products<DELTA>(o, centre, sums, st, sampled);
-    result.of[VALUE] = value < 0 ? 0.0f : static_cast<float>(value);
+    result.of[VALUE] = value < 0 && !may_be_negative ? 0.0f : static_cast<float>(value);
+    result.of[CLIP_FRACTION] = static_cast<float>(lost);
     if (token < 0) result.of[STUDENT_LOGPROB] = result.of[TEACHER_LOGPROB] = 0.0f;
     return result;
 }

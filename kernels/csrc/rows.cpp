@@ -39,7 +39,7 @@ Variant current = variant_named(nullptr);
 
 }  // namespace
 
-OPSD_EXPORT int opsd_rows_abi() { return 2; }
+OPSD_EXPORT int opsd_rows_abi() { return 3; }
 
 OPSD_EXPORT const char* opsd_rows_isa() { return current.name; }
 
@@ -48,10 +48,10 @@ OPSD_EXPORT void opsd_rows_use_isa(const char* name) { current = variant_named(n
 
 OPSD_EXPORT void opsd_rows_run(
     float* z_s, float* z_t, int64_t rows, int64_t vocab, int64_t stride_s, int64_t stride_t,
-    int is_delta, int kind, float beta, float inverse_temperature,
+    int is_delta, int kind, float beta, float inverse_temperature, float clip,
     const int64_t* tokens, const float* scale, float* grad, int64_t stride_grad,
     float* results, int64_t stride_results, int threads) {
-    const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature};
+    const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature, clip};
     const RowFunction row = current.row;
     std::atomic<int64_t> next{0};
     auto work = [&] {

@@ -16,6 +16,7 @@ struct RowOptions {
     int kind;
     float beta;            // weight of the teacher in the mixture, JSD only
     float inverse_temperature;
+    float clip;            // upper limit of a term of the value; infinity: none
 };
 
 constexpr int64_t NO_TOKEN = -1;  // and every other negative one: log-probabilities of 0
@@ -23,7 +24,7 @@ constexpr int64_t NO_TOKEN = -1;  // and every other negative one: log-probabili
 // What a row gives, in the order of RESULTS in rows.py.
 enum Result {
     VALUE, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_LSE, TEACHER_LSE, TOP1_AGREEMENT, STUDENT_LOGPROB, TEACHER_LOGPROB,
-    RESULTS
+    CLIP_FRACTION, RESULTS
 };
 
 struct RowResult {

@@ -4,9 +4,20 @@ kind        value per token                         gradient with respect to z_s
 reverse_kl  sum p (ln p - ln q)                     p (r - KL),  r = ln p - ln q
 forward_kl  sum q (ln q - ln p)                     p - q
 jsd         b KL(q||M) + (1-b) KL(p||M)             (1-b) p (ln(p/M) - KL(p||M)),  M = (1-b) p + b q
+
+Each value is a sum over the vocabulary of terms f_v = p r, -q r, or b q ln(q/M) + (1-b) p ln(p/M). With a clip c the
+value is sum_v min(f_v, c), as OPSD (arXiv 2601.18734) clamps them; only terms below it carry gradient:
+
+kind        gradient of sum_v min(f_v, c), times T; m_v = 1[f_v <= c], E = sum over the clipped entries
+reverse_kl  p_v (m_v (r_v + 1) - sum_u m_u p_u (r_u + 1))  = p_v (m_v r_v - (1 - m_v) - (KL - E[p (r + 1)]))
+forward_kl  p_v sum_u m_u q_u - m_v q_v                    = p_v - m_v q_v - p_v E[q]
+jsd         (1-b) p_v (m_v ln(p_v/M_v) - sum_u m_u p_u ln(p_u/M_u))
+
+The KLs have negative terms, so their clipped value may be negative; the terms of jsd are not (log-sum inequality).
 """
 
 import difflib
+import math
 from dataclasses import dataclass
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -14,16 +25,18 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence, and at which temperature both sides are compared.
+    """Which divergence, at which temperature both sides are compared, and where its terms are clipped.
 
     kind: one of KINDS. beta: weight of the teacher in the mixture M, read by "jsd" only, inside (0, 1); its limits
     are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits.
-    Raises ValueError for an unknown kind, beta outside (0, 1) or a temperature that is not positive and finite.
+    clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
+    Raises ValueError for an unknown kind, beta outside (0, 1), a temperature or clip that is not positive and finite.
     """
 
     kind: str = "reverse_kl"
     beta: float = 0.5
     temperature: float = 1.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -36,6 +49,13 @@ class Divergence:
             )
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"expected a positive, finite temperature, got {self.temperature}")
+        if self.clip is not None and not 0.0 < self.clip < math.inf:
+            raise ValueError(f"expected a positive, finite clip or None, got {self.clip}")
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether the terms need a pass of their own, after the normalisers are known."""
+        return self.kind == "jsd" or self.clip is not None
 
     @classmethod
     def of(cls, value: "Divergence | str") -> "Divergence":

@@ -18,6 +18,10 @@ def token_divergence(
     """Per-token divergence of divergence.py, from log_softmax. A logit of -inf counts as NOTHING."""
     log_p = torch.log_softmax(z_s.clamp_min(NOTHING) / divergence.temperature, dim=-1)
     log_q = torch.log_softmax(z_t.clamp_min(NOTHING) / divergence.temperature, dim=-1)
+    return _clipped(_terms(log_p, log_q, divergence), divergence).sum(dim=-1)
+
+
+def _terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:  # (N, V) each
     if divergence.kind == "reverse_kl":
         return _kl(log_p, log_q)
     if divergence.kind == "forward_kl":
@@ -28,7 +32,11 @@ def token_divergence(
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
+    return log_a.exp() * (log_a - log_b)
+
+
+def _clipped(terms: Tensor, divergence: Divergence) -> Tensor:
+    return terms if divergence.clip is None else terms.clamp(max=divergence.clip)
 
 
 def dense_token_kl(
@@ -58,4 +66,8 @@ def by_products(
         results[f"{side}_entropy"] = -(log_p.exp() * log_p).sum(dim=-1)
         results[f"{side}_lse"] = z.logsumexp(dim=-1)
         results[f"{side}_logprob"] = log_p.gather(1, tokens[:, None])[:, 0]
+    log_p, log_q = (torch.log_softmax(z.detach().clamp_min(NOTHING) / divergence.temperature, -1) for z in (z_s, z_t))
+    terms = _terms(log_p, log_q, divergence)
+    clipped = terms > _clipped(terms, divergence)
+    results["clip_fraction"] = torch.where(clipped, log_p.exp(), 0.0).sum(dim=-1)
     return results

@@ -16,7 +16,7 @@ _announced: set[str] = set()
 
 RESULTS = (
     *("value", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "top1_agreement"),
-    *("student_logprob", "teacher_logprob"),
+    *("student_logprob", "teacher_logprob", "clip_fraction"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from opsd_kernels.divergence import KINDS, Divergence
 from opsd_kernels.rows import RowOutputs
 
 LIBRARY = Path(__file__).with_name("_rows.so")
-ABI = 2
+ABI = 3
 
 
 def obstacle() -> str:
@@ -36,7 +37,8 @@ def _library() -> ctypes.CDLL:
     library.opsd_rows_run.restype = None
     library.opsd_rows_run.argtypes = [
         *(pointer, pointer, i64, i64, i64, i64),  # z_s, z_t, rows, vocab, stride of each
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_float),  # is_delta, kind, beta, 1 / temperature
+        *(ctypes.c_int, ctypes.c_int),  # is_delta, kind
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_float),  # beta, 1 / temperature, clip
         *(pointer, pointer, pointer, i64),  # tokens, scale, grad, its stride
         *(pointer, i64, ctypes.c_int),  # results, their stride, threads
     ]
@@ -68,6 +70,7 @@ def run(
     _library().opsd_rows_run(
         *(z_s.data_ptr(), z_t.data_ptr(), rows, vocab, z_s.stride(0), z_t.stride(0)),
         *(is_delta, KINDS.index(divergence.kind), divergence.beta, 1.0 / divergence.temperature),
+        math.inf if divergence.clip is None else divergence.clip,
         *(None if tokens is None else tokens.data_ptr(), scale.data_ptr()),
         *(None if grad is None else grad.data_ptr(), 0 if grad is None else grad.stride(0)),
         *(out.table.data_ptr(), out.table.stride(0), torch.get_num_threads()),

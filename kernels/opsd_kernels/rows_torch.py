@@ -6,6 +6,8 @@ c = ln(sum p exp(-d)), r = ln p - ln q = d + c, and every value is a sum of term
 reverse sum p r + (q - p), forward -sum q r + (q - p), jsd with x = q - p likewise (sum x = 0 adds nothing).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,10 @@ def _slab(
     c = torch.where(t_max < 30, near, t_max + (sum_t / sum_s).log())
     r = d + c
     x = torch.where(r.abs() <= 1, p * torch.expm1(-r), q - p)  # q - p
-    value, slope = _FORMULAS[divergence.kind](p, q, r, x, divergence.beta)
-    out["value"].copy_(value.clamp_min(0))
+    limit = math.inf if divergence.clip is None else divergence.clip
+    value, slope, lost = _FORMULAS[divergence.kind](p, q, r, x, divergence.beta, limit)
+    out["value"].copy_((value.clamp_min(0) if divergence.clip is None else value)[:, 0])
+    out["clip_fraction"].copy_(lost[:, 0])
     if grad is not None:
         grad.copy_(slope * scale[:, None])
 
@@ -104,16 +108,31 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * x)
 
 
-def _reverse_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    value = (_times(p, r) + x).sum(-1)
-    return value, _times(p, r - value[:, None])
+# Each formula gives the value, the gradient and the student's mass on clipped columns. Where none is clipped the value
+# is the sum that cannot be negative; sums of the gradient are over kept columns, whatever is infinite elsewhere.
+Formula = tuple[Tensor, Tensor, Tensor]
 
 
-def _forward_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    return -(_times(q, r) + x).sum(-1), -x
+def _reverse_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float, limit: float) -> Formula:
+    f = _times(p, r)
+    clipped = f > limit
+    value = torch.where(clipped.any(-1, keepdim=True), _sum(f.clamp(max=limit)), _sum(f + x))
+    kept, lost = _sum(torch.where(clipped, 0.0, f)), _sum(torch.where(clipped, p, 0.0))
+    shift = torch.where(lost > 0, kept - lost, value)
+    slope = torch.where(clipped, -kept - _sum(torch.where(clipped, 0.0, p)), r - shift)
+    return value, _times(p, slope), lost
 
 
-def _jsd(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float, limit: float) -> Formula:
+    f = -_times(q, r)
+    clipped = f > limit
+    value = torch.where(clipped.any(-1, keepdim=True), _sum(f.clamp(max=limit)), _sum(f - x))
+    kept, lost = _sum(torch.where(clipped, 0.0, q)), _sum(torch.where(clipped, q, 0.0))
+    below = torch.where(lost > 0.5, p * kept - q, -x - p * lost)  # equal; the one that keeps its digits
+    return value, torch.where(clipped, p * kept, below), _sum(torch.where(clipped, p, 0.0))
+
+
+def _jsd(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float, limit: float) -> Formula:
     y = torch.expm1(-r.abs())
     # g = ln(M/p) and h = ln(q/M), each from the side on which exp cannot overflow
     less, more = torch.log1p(beta * y), torch.log1p((1 - beta) * y)
@@ -121,9 +140,15 @@ def _jsd(p: Tensor, q: Tensor, r: Tensor, x: Tensor, beta: float) -> tuple[Tenso
     h = torch.where(r >= 0, -r - less, -more)
     student = beta * x - _times(p, g)  # sums to KL(p||M)
     teacher = _times(q, h) - (1 - beta) * x  # sums to KL(q||M)
-    to_mixture = student.sum(-1, keepdim=True)
-    value = (beta * teacher + (1 - beta) * student).sum(-1)
-    return value, (beta - 1) * _times(p, g + to_mixture)
+    f = beta * teacher + (1 - beta) * student  # x cancels in every one of them
+    clipped = f > limit
+    to_mixture = _sum(student) if limit == math.inf else -_sum(torch.where(clipped, 0.0, _times(p, g)))
+    slope = (1 - beta) * _times(p, torch.where(clipped, 0.0, -g) - to_mixture)
+    return _sum(f.clamp(max=limit)), slope, _sum(torch.where(clipped, p, 0.0))
+
+
+def _sum(x: Tensor) -> Tensor:  # (n, V) -> (n, 1)
+    return x.sum(-1, keepdim=True)
 
 
 _FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}

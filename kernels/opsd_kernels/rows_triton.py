@@ -2,7 +2,7 @@
 
 centre    each program's maximum of both rows and where the student's is
 sums      merges the centres of its row, then sums its columns
-mixture   JSD only: merges the sums, then its part of both KLs to the mixture
+terms     JSD or a clip: merges the sums, then sums the terms of the value
 gradient  merges everything of its row (the first program writes the results), then writes its columns
 
 Programs meet only in partial results, each written by one of them and merged in a fixed order: no atomics, so two
@@ -17,8 +17,9 @@ from torch import Tensor
 from opsd_kernels.divergence import KINDS, Divergence
 from opsd_kernels.launch import INTERPRETER, Launch, launch_for
 from opsd_kernels.rows import RowOutputs
-from opsd_kernels.triton_gradient import gradient_kernel, mixture_kernel
+from opsd_kernels.triton_gradient import gradient_kernel
 from opsd_kernels.triton_stats import PARTS, centre_kernel, sums_kernel
+from opsd_kernels.triton_terms import terms_kernel
 
 
 def obstacle(device: torch.device) -> str:
@@ -53,16 +54,24 @@ def run(
     grid = (rows, launch.splits)
     centre_kernel[grid](z_s, z_t, tokens, parts, vocab, stride, **same)
     sums_kernel[grid](z_s, z_t, parts, vocab, stride, inverse_t, kind=kind, **same)
-    if divergence.kind == "jsd":
-        mixture_kernel[grid](z_s, z_t, parts, vocab, stride, inverse_t, beta, kind=kind, **same)
+    clips, clip = divergence.clip is not None, divergence.clip or 0.0
+    if divergence.needs_terms:
+        terms_kernel[grid](z_s, z_t, parts, vocab, stride, inverse_t, beta, clip, clips=clips, kind=kind, **same)
     target = z_s if grad is None else grad
+    same["tile"] = gradient_tile(launch, divergence)
     gradient_kernel[grid if grad is not None else (rows, 1)](
         *(z_s, z_t, tokens, parts, scale, target, out.table, vocab, stride, target.stride(0), out.table.stride(0)),
-        *(inverse_t, beta),
+        *(inverse_t, beta, clip),
+        clips=clips,
         with_grad=grad is not None,
         kind=kind,
         **same,
     )
+
+
+def gradient_tile(launch: Launch, divergence: Divergence) -> int:
+    """Half a tile where a whole one spills (sm_120)."""
+    return launch.tile // 2 if divergence.kind == "jsd" and divergence.clip is not None else launch.tile
 
 
 def _launch(device: torch.device) -> Launch:

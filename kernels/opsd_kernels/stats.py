@@ -15,6 +15,7 @@ class TokenStats(NamedTuple):
     student_entropy, teacher_entropy    -sum p ln p, -sum q ln q
     student_lse, teacher_lse            ln sum exp(z_s / T), ln sum exp(z_t / T)
     top1_agreement                      1 where the student's most likely token is one of the teacher's, else 0
+    clip_fraction                       the student's probability mass on clipped vocabulary entries; 0 without a clip
     student_logprob, teacher_logprob    ln p, ln q of the sampled token; None without `tokens`. A negative token (an
                                         ignore index) gives 0, one beyond the vocabulary NaN
     """
@@ -24,6 +25,7 @@ class TokenStats(NamedTuple):
     student_lse: Tensor
     teacher_lse: Tensor
     top1_agreement: Tensor
+    clip_fraction: Tensor
     student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
 

@@ -1,12 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton, second half of a row: terms of the mixture, results and gradient. Plan: rows_triton.py."""
+"""Triton, last part of a row: results and gradient. Plan: rows_triton.py."""
 
 import triton
 import triton.language as tl
 
 from opsd_kernels.rows import RESULTS
-from opsd_kernels.triton_math import exp_remainder, log_remainder, times
-from opsd_kernels.triton_stats import FORWARD_KL, JSD, REVERSE_KL, TOKEN, elements, merge_centre, merge_sums, segment
+from opsd_kernels.triton_math import times
+from opsd_kernels.triton_stats import FORWARD_KL, JSD, TOKEN, elements, merge_centre, merge_sums, segment
+from opsd_kernels.triton_terms import merge_terms, term
 
 VALUE = tl.constexpr(RESULTS.index("value"))
 STUDENT_ENTROPY = tl.constexpr(RESULTS.index("student_entropy"))
@@ -16,62 +17,22 @@ TEACHER_LSE = tl.constexpr(RESULTS.index("teacher_lse"))
 TOP1_AGREEMENT = tl.constexpr(RESULTS.index("top1_agreement"))
 STUDENT_LOGPROB = tl.constexpr(RESULTS.index("student_logprob"))
 TEACHER_LOGPROB = tl.constexpr(RESULTS.index("teacher_logprob"))
+CLIP_FRACTION = tl.constexpr(RESULTS.index("clip_fraction"))
 
 
 @triton.jit
-def mixture_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, kind: tl.constexpr, delta: tl.constexpr,
-                    tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    student, teacher, c, _kl = merge_sums(parts, row, t_max, kind, splits, count)
-    begin, end = segment(vocab, tile, splits)
-    lane = tl.arange(0, tile)
-    to_student = tl.zeros([tile], tl.float32)
-    to_teacher = tl.zeros([tile], tl.float32)
-    for start in range(begin, end, tile):
-        _s, _t, d, e_s, e_t = elements(
-            z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
-        )
-        p, q, u = e_s / student, e_t / teacher, -(d + c)
-        near = tl.abs(u) <= 0.25
-        growth = tl.where(near, u, 0.0)
-        growth += exp_remainder(-growth)  # exp(u) - 1
-        back = (beta - 1.0) * growth / (1.0 + growth)
-        g, h = _far_ratios(u, beta)
-        near_student = p * log_remainder(beta * growth)
-        near_teacher = p * (1.0 + growth) * log_remainder(back)
-        to_student += tl.where(near, near_student, beta * (q - p) - times(p, g))
-        to_teacher += tl.where(near, near_teacher, (1.0 - beta) * (p - q) + times(q, h))
-    mine = parts + row * count * splits + tl.program_id(1)
-    tl.store(mine + 10 * splits, tl.sum(to_student, 0))
-    tl.store(mine + 11 * splits, tl.sum(to_teacher, 0))
-
-
-@triton.jit
-def _far_ratios(u, beta):
-    """g = ln(M/p), h = ln(q/M), from the side on which exp cannot overflow."""
-    shrinks = u < 0.0
-    y = tl.exp(-tl.abs(u)) - 1.0
-    side = tl.log(1.0 + tl.where(shrinks, beta, 1.0 - beta) * y)
-    return tl.where(shrinks, side, u + side), tl.where(shrinks, u - side, -side)
-
-
-@triton.jit
-def _slope(p, q, r, shift, beta, kind: tl.constexpr):
-    """d value / d (z_s / T); shift is the reverse KL, or KL(p||M)."""
-    if kind == REVERSE_KL:
-        return times(p, r - shift)
+def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.constexpr):
+    """d value / d (z_s / T); without a clip part is the reverse KL or KL(p||M)."""
+    f, _safe, _student, x = term(p, q, r, beta, kind)
     if kind == FORWARD_KL:
-        near = tl.abs(r) <= 1.0
-        safe = tl.where(near, r, 0.0)
-        return tl.where(near, p * (safe - exp_remainder(safe)), p - q)
-    near = tl.abs(r) <= 0.25
-    growth = tl.where(near, -r, 0.0)
-    growth += exp_remainder(-growth)
-    g, _h = _far_ratios(-r, beta)
-    forth = beta * growth
-    log_ratio = tl.where(near, log_remainder(forth) - forth, -g)
-    return times(p, log_ratio - shift) * (1.0 - beta)
+        below = tl.where(lost > 0.5, p * kept - q, x - p * lost)  # equal; the one that keeps its digits
+        return tl.where(f > clip, p * kept, below) if clips else x
+    if kind == JSD:
+        x = tl.where(f > clip, 0.0, x) if clips else x
+        return times(p, x - part) * (1.0 - beta)
+    if clips:
+        return times(p, tl.where(f > clip, -(part + kept), x - (part - lost)))
+    return times(p, x - part)
 
 
 @triton.jit
@@ -105,18 +66,18 @@ def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_ma
 
 @triton.jit
 def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride, grad_stride, out_stride, inverse_t,
-                    beta, with_grad: tl.constexpr, kind: tl.constexpr, delta: tl.constexpr, tile: tl.constexpr,
-                    splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
+                    beta, clip, clips: tl.constexpr, with_grad: tl.constexpr, kind: tl.constexpr,
+                    delta: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     top, second_a, t_max = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
     student, teacher, c, value = merge_sums(parts, row, t_max, kind, splits, count)
-    shift = value
-    theirs = parts + row * count * splits + tl.arange(0, splits)
-    if kind == JSD:
-        shift = tl.sum(tl.load(theirs + 10 * splits), 0)
-        value = (1.0 - beta) * shift + beta * tl.sum(tl.load(theirs + 11 * splits), 0)
+    part, kept, lost, student_lost = value, value * 0.0, value * 0.0, value * 0.0
+    if clips or kind == JSD:
+        value, part, kept, lost, student_lost = merge_terms(parts, row, clips, kind, splits, count)
     if tl.program_id(1) == 0:
-        tl.store(out + VALUE * out_stride + row, tl.where(value < 0.0, 0.0, value))
+        floor = value if clips and kind != JSD else 0.0  # clipped terms may sum to less than 0
+        tl.store(out + VALUE * out_stride + row, tl.where(value < 0.0, floor, value))
+        tl.store(out + CLIP_FRACTION * out_stride + row, student_lost)
         _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, student, teacher, inverse_t,
                      delta, splits, count)  # fmt: skip
     if with_grad:
@@ -128,5 +89,5 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
             _s, _t, d, e_s, e_t = elements(
                 z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
             )
-            slope = _slope(e_s / student, e_t / teacher, d + c, shift, beta, kind)
+            slope = _slope(e_s / student, e_t / teacher, d + c, part, kept, lost, beta, clip, clips, kind)
             tl.store(grad + row * grad_stride + column, factor * slope, mask=column < end)

@@ -11,9 +11,10 @@ REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
 JSD = tl.constexpr(KINDS.index("jsd"))
 # Partial results of a program, each `splits` floats apart in (rows, PARTS, splits):
-# 0-2 centre, 3-9 sums, 10-11 terms, 12-13 logits of the sampled token (first program only)
-PARTS = 14
-TOKEN = tl.constexpr(12)
+# 0-2 centre, 3-9 sums, 10-15 terms, 16-17 logits of the sampled token (first program only)
+PARTS = 18
+TERMS = tl.constexpr(10)
+TOKEN = tl.constexpr(16)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """fused_token_kl against fp64, by the rule of cases.check; and broken kernels, which that rule must reject."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from opsd_kernels.reference import by_products, token_divergence
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
-every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
+every_kind = pytest.mark.parametrize("kind", cases.ALL)
 
 
 @every_backend
@@ -18,15 +20,21 @@ every_kind = pytest.mark.parametrize("kind", cases.DIVERGENCES)
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 def test_within_twice_the_error_of_eager_torch(backend, kind, dtype, shared, trainable):
     inputs, truth, eager = cases.references(kind, dtype, shared)
-    function = cases.fused(cases.DIVERGENCES[kind], backend)
-    cases.check(cases.differentiate(function, inputs, trainable), truth, eager, dtype)
+    function = cases.fused(cases.ALL[kind], backend)
+    cases.check(cases.differentiate(function, inputs, trainable), truth, eager, dtype, signed="clipped" in kind)
 
 
 @every_backend
 @every_kind
 def test_fp16(backend, kind):
     inputs, truth, eager = cases.references(kind, torch.float16, False)
-    cases.check(cases.differentiate(cases.fused(cases.DIVERGENCES[kind], backend), inputs), truth, eager, torch.float16)
+    cases.check(
+        cases.differentiate(cases.fused(cases.ALL[kind], backend), inputs),
+        truth,
+        eager,
+        torch.float16,
+        signed="clipped" in kind,
+    )
 
 
 @every_backend
@@ -38,17 +46,17 @@ def test_far_teacher(backend, kind):
         *(inputs.student_hidden * 2, inputs.head, inputs.teacher_hidden.flip(0) * 2, inputs.teacher_head),
         inputs.upstream,
     )
-    divergence = cases.DIVERGENCES[kind]
+    divergence = cases.ALL[kind]
     truth = cases.differentiate(cases.dense(divergence), far.double())
     eager = cases.differentiate(cases.dense(divergence), far)
     found = cases.differentiate(cases.fused(divergence, backend), far)
-    cases.check(found, truth, eager, torch.float32, ceiling=torch.inf)
+    cases.check(found, truth, eager, torch.float32, ceiling=torch.inf, signed="clipped" in kind)
 
 
 @every_backend
 def test_by_products(backend):
     inputs = cases.mixture(torch.float32, shared=False)
-    divergence = Divergence("jsd", temperature=0.7)
+    divergence = Divergence("jsd", temperature=0.7, clip=1e-3)
     tokens = torch.arange(cases.N) * 7
     operands = (inputs.student_hidden.requires_grad_(), inputs.head, inputs.teacher_hidden, inputs.teacher_head)
     options = {"divergence": divergence, "backend": backend, "return_stats": True}
@@ -61,6 +69,7 @@ def test_by_products(backend):
         torch.testing.assert_close(found.double(), truth[name], rtol=1e-5, atol=1e-5)
         assert found.dtype == torch.float32
         assert not found.requires_grad
+    assert 0 < stats.clip_fraction.mean() < 1
     _, stats = fused_token_kl(*operands, **options)
     assert stats.student_logprob is stats.teacher_logprob is None
 
@@ -80,7 +89,13 @@ def _last_block_skipped(s, w, t, u, divergence):
     return token_divergence(s @ w[:kept].mT, z_t, divergence)
 
 
+def _clip_ignored(s, w, t, u, divergence):
+    free = replace(divergence, clip=None) if divergence.clip else Divergence("reverse_kl", temperature=2.0)
+    return token_divergence(s @ w.mT, t @ (w.detach() if u is None else u).mT, free)
+
+
 FORMULA_MUTANTS = {
+    "clip ignored": _clip_ignored,
     "swapped direction": _swapped,
     "teacher term dropped": _teacher_dropped,
     "last vocabulary block skipped": _last_block_skipped,
@@ -94,11 +109,11 @@ FORMULA_MUTANTS = {
 def test_a_wrong_formula_is_rejected(kind, dtype, mutant):
     inputs, truth, eager = cases.references(kind, dtype, True)
     # in fp64: only the formula is wrong, and the exact one passes
-    cases.check(cases.differentiate(cases.dense(cases.DIVERGENCES[kind]), inputs.double()), truth, eager, dtype)
-    wrong = cases.differentiate(lambda *a: FORMULA_MUTANTS[mutant](*a, cases.DIVERGENCES[kind]), inputs.double())
+    cases.check(cases.differentiate(cases.dense(cases.ALL[kind]), inputs.double()), truth, eager, dtype, signed=True)
+    wrong = cases.differentiate(lambda *a: FORMULA_MUTANTS[mutant](*a, cases.ALL[kind]), inputs.double())
     for name in wrong:  # value and each gradient on its own gives it away
         with pytest.raises(AssertionError, match=name):
-            cases.check({"value": truth["value"], name: wrong[name]}, truth, eager, dtype)
+            cases.check({"value": truth["value"], name: wrong[name]}, truth, eager, dtype, signed=True)
 
 
 @every_kind
@@ -109,4 +124,4 @@ def test_a_wrong_formula_is_rejected(kind, dtype, mutant):
 def test_a_wrong_gradient_is_rejected(kind, dtype, factor, name):
     _, truth, eager = cases.references(kind, dtype, True)
     with pytest.raises(AssertionError, match=name):
-        cases.check(truth | {name: truth[name] * factor}, truth, eager, dtype)
+        cases.check(truth | {name: truth[name] * factor}, truth, eager, dtype, signed=True)

@@ -259,6 +259,8 @@ class TestRefusals:
             {"temperature": 0.0},
             {"temperature": float("nan")},
             {"kind": "js"},
+            {"clip": 0.0},
+            {"clip": float("inf")},
         ],
     )
     def test_bad_divergence(self, options):

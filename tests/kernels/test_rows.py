@@ -1,12 +1,13 @@
 """Row kernels on their own: logits in, values and gradients out. Degenerate rows, precision at tiny divergences."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from opsd_kernels import Divergence
-from opsd_kernels.reference import by_products, token_divergence
+from opsd_kernels.reference import _terms, by_products, token_divergence
 from opsd_kernels.rows import RESULTS, RowOutputs, select_rows
 from tests.kernels import cases
 
@@ -57,6 +58,47 @@ def test_relative_precision(backend, kind, is_delta, distance):
     assert ((found.double() - gradient * 0.8).norm(dim=1) <= allowed).all()
     for name, truly in by_products(z_s.double(), z_t, divergence, tokens).items():
         torch.testing.assert_close(out[name].double(), truly, rtol=size, atol=size)
+
+
+@every_backend
+@every_kind
+@both_forms
+@pytest.mark.parametrize("distance", [0.5] if cases.INTERPRETED else [1e-3, 0.5, 5.0])
+def test_clip(backend, kind, is_delta, distance):
+    """Against fp64, with a limit that takes about a third of the mass from the first row."""
+    g = torch.Generator().manual_seed(4)
+    z_s = 3 * torch.randn(ROWS, WIDTH, generator=g)
+    z_t = z_s - distance * torch.randn(ROWS, WIDTH, generator=g)
+    second = z_s - z_t if is_delta else z_t
+    free = Divergence(kind, beta=0.3, temperature=0.8)
+    terms = _terms((z_s[0] / 0.8).double().log_softmax(-1), (z_t[0] / 0.8).double().log_softmax(-1), free)
+    highest = terms.sort().values[-6:-4]
+    divergence = replace(free, clip=highest.mean().item())
+    expected, gradient, z_t = truth(z_s, second, is_delta, divergence)
+    tokens = torch.zeros(ROWS, dtype=torch.int64)
+    out, found = run(backend, z_s, second, is_delta, divergence)
+    size = 1e-6 * min(1, distance)
+    torch.testing.assert_close(out["value"].double(), expected, rtol=2e-6, atol=size)
+    assert ((found.double() - gradient * 0.8).norm(dim=1) <= 2e-5 * gradient.norm(dim=1) + size).all()
+    clipped = by_products(z_s.double(), z_t, divergence, tokens)["clip_fraction"]
+    assert clipped[0] > 0.01
+    torch.testing.assert_close(out["clip_fraction"].double(), clipped, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+@every_kind
+@both_forms
+def test_a_clip_that_nothing_reaches_changes_nothing(backend, kind, is_delta):
+    z_s, second = 3 * torch.randn(3, WIDTH), 0.1 * torch.randn(3, WIDTH)
+    second[2] = 0 if is_delta else z_s[2]
+    second[:2] = second[:2] if is_delta else z_s[:2] - second[:2]
+    plain, grad = run(backend, z_s, second, is_delta, Divergence(kind))
+    out, same = run(backend, z_s, second, is_delta, Divergence(kind, clip=50.0))
+    torch.testing.assert_close(out["value"], plain["value"], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(same, grad, rtol=1e-4, atol=1e-8)
+    assert not out["clip_fraction"].any()
+    assert not out["value"][2]
+    assert not same[2].any()
 
 
 @every_backend

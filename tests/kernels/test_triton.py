@@ -22,7 +22,9 @@ def test_interpreter_passes_the_same_tests():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
     files = [str(HERE / name) for name in ("test_accuracy.py", "test_rows.py", "test_op.py")]
     # a program takes a tenth of a second there: only what depends on the row kernel
-    elsewhere = "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits"
+    elsewhere = (
+        "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits or nothing_reaches"
+    )
     autograd = "retained or double or autocast or receives or uniform or detached or token_weights or jsd or forward_kl"
     selection = f"not ({elsewhere}) and not (test_op and ({autograd}))"
     run = subprocess.run(
@@ -36,32 +38,39 @@ def test_interpreter_passes_the_same_tests():
     assert re.search(r"[1-9]\d+ passed", run.stdout), run.stdout
 
 
-def kernels():
-    """(name, kernel, kind) for every variant that run() launches; delta changes too little to be compiled twice."""
-    from opsd_kernels import triton_gradient, triton_stats
+def kernels(with_clips):
+    """(name, kernel, kind, clips) of what run() launches; delta changes too little to be compiled twice."""
+    from opsd_kernels import triton_gradient, triton_stats, triton_terms
     from opsd_kernels.divergence import KINDS
 
-    yield "centre", triton_stats.centre_kernel, "reverse_kl"
-    yield "mixture", triton_gradient.mixture_kernel, "jsd"
+    yield "centre", triton_stats.centre_kernel, "reverse_kl", False
+    yield "terms jsd", triton_terms.terms_kernel, "jsd", False
     for kind in KINDS:
-        yield f"sums {kind}", triton_stats.sums_kernel, kind
-        yield f"gradient {kind}", triton_gradient.gradient_kernel, kind
+        yield f"sums {kind}", triton_stats.sums_kernel, kind, False
+        yield f"gradient {kind}", triton_gradient.gradient_kernel, kind, False
+        if with_clips:
+            yield f"clipped terms {kind}", triton_terms.terms_kernel, kind, True
+            yield f"clipped gradient {kind}", triton_gradient.gradient_kernel, kind, True
 
 
-def compile_for(kernel, kind, capability, delta):
+def compile_for(kernel, kind, clips, capability, delta):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from opsd_kernels.divergence import KINDS
+    from opsd_kernels.divergence import KINDS, Divergence
     from opsd_kernels.launch import TABLE
+    from opsd_kernels.rows_triton import gradient_tile
     from opsd_kernels.triton_stats import PARTS
 
     launch = TABLE[capability]
-    constants = {"delta": delta, "tile": launch.tile, "splits": launch.splits, "count": PARTS}
-    constants |= {"kind": KINDS.index(kind), "with_grad": True}
+    tile = launch.tile
+    if "grad" in kernel.arg_names:
+        tile = gradient_tile(launch, Divergence(kind, clip=1.0 if clips else None))
+    constants = {"delta": delta, "tile": tile, "splits": launch.splits, "count": PARTS}
+    constants |= {"kind": KINDS.index(kind), "with_grad": True, "clips": clips}
     types = {"vocab": "i32", "stride": "i32", "grad_stride": "i32", "out_stride": "i32", "inverse_t": "fp32"}
-    types |= {"beta": "fp32", "grad": "*bf16", "tokens": "*i64"}
+    types |= {"beta": "fp32", "clip": "fp32", "grad": "*bf16", "tokens": "*i64"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     source = ASTSource(
@@ -86,8 +95,8 @@ def test_compiles_without_spilling(capability, tmp_path, record_property):
 
     assert capability in TABLE
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for name, kernel, kind in kernels():
-        compiled = compile_for(kernel, kind, capability, delta=False)
+    for name, kernel, kind, clips in kernels(with_clips=capability in (90, 120)):  # one of each launch
+        compiled = compile_for(kernel, kind, clips, capability, delta=False)
         cubin = tmp_path / f"{name}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(

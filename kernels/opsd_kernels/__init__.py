@@ -2,6 +2,7 @@
 
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.fused_token_kl import fused_token_kl
+from opsd_kernels.heads import Head
 from opsd_kernels.stats import TokenStats
 
-__all__ = ["Divergence", "TokenStats", "fused_token_kl"]
+__all__ = ["Divergence", "Head", "TokenStats", "fused_token_kl"]

@@ -3,38 +3,54 @@
 import torch
 from torch import Tensor
 
+from opsd_kernels.heads import Head
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_operands(
     student_hidden: Tensor,
-    head: Tensor,
+    head: Head,
     teacher_hidden: Tensor,
-    teacher_head: Tensor | None,
+    teacher_head: Head,
     token_weights: Tensor | None,
     tokens: Tensor | None,
 ) -> None:
-    tensors = {"student_hidden": student_hidden, "head": head, "teacher_hidden": teacher_hidden}
-    if teacher_head is not None:
-        tensors["teacher_head"] = teacher_head
-    for name, tensor in tensors.items():
-        _check_matrix(name, tensor, student_hidden.device)
-    effective = "head" if teacher_head is None else "teacher_head"
-    _check_pair("student_hidden", student_hidden, "head", head)
-    _check_pair("teacher_hidden", teacher_hidden, effective, tensors[effective])
-    n, vocab = student_hidden.shape[0], head.shape[0]
+    device = student_hidden.device
+    _check_matrix("student_hidden", student_hidden, device)
+    _check_head("head", head, device)
+    _check_matrix("teacher_hidden", teacher_hidden, device)
+    effective = "head" if teacher_head is head else "teacher_head"
+    _check_head(effective, teacher_head, device)
+    _check_pair("student_hidden", student_hidden, "head", head.weight)
+    _check_pair("teacher_hidden", teacher_hidden, effective, teacher_head.weight)
+    n = student_hidden.shape[0]
     if teacher_hidden.shape[0] != n:
         raise ValueError(
             f"expected one teacher_hidden row per student_hidden row, got {teacher_hidden.shape[0]} and {n}"
         )
-    if vocab == 0 or head.shape[1] == 0:
-        raise ValueError(f"expected a head with at least one row and column, got {tuple(head.shape)}")
-    if teacher_head is not None and teacher_head.shape[0] != vocab:
-        raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {teacher_head.shape[0]}")
+    vocab, found = head.view().weight.shape[0], teacher_head.view().weight.shape[0]
+    if found != vocab:
+        raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {found}")
     if token_weights is not None:
         _check_weights(token_weights, student_hidden)
     if tokens is not None:
         _check_tokens(tokens, student_hidden)
+
+
+def _check_head(name: str, head: Head, device: torch.device) -> None:
+    _check_matrix(name, head.weight, device)
+    vocab = head.weight.shape[0]
+    if head.weight.numel() == 0:
+        raise ValueError(f"expected a head with at least one row and column, got {tuple(head.weight.shape)}")
+    if head.valid_vocab is not None and not 0 < head.valid_vocab <= vocab:
+        raise ValueError(f"expected 0 < valid_vocab <= {vocab}, the rows of {name}, got {head.valid_vocab}")
+    bias = head.bias
+    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype not in DTYPES or bias.device != device):
+        raise ValueError(
+            f"expected the bias of {name} of shape ({vocab},), floating-point and on {device}, "
+            f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
+        )
 
 
 def _check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -28,7 +28,8 @@ class Divergence:
     """Which divergence, at which temperature both sides are compared, and where its terms are clipped.
 
     kind: one of KINDS. beta: weight of the teacher in the mixture M, read by "jsd" only, inside (0, 1); its limits
-    are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits.
+    are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits, or the
+    student's where teacher_temperature is given.
     clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
     Raises ValueError for an unknown kind, beta outside (0, 1), a temperature or clip that is not positive and finite.
     """
@@ -36,6 +37,7 @@ class Divergence:
     kind: str = "reverse_kl"
     beta: float = 0.5
     temperature: float = 1.0
+    teacher_temperature: float | None = None
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -47,10 +49,18 @@ class Divergence:
             raise ValueError(
                 f"expected 0 < beta < 1 for jsd, got {self.beta}; its limits are forward_kl and reverse_kl"
             )
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"expected a positive, finite temperature, got {self.temperature}")
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"expected a positive, finite {name}, got {value}")
         if self.clip is not None and not 0.0 < self.clip < math.inf:
             raise ValueError(f"expected a positive, finite clip or None, got {self.clip}")
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the student and of the teacher."""
+        other = self.teacher_temperature
+        return self.temperature, self.temperature if other is None else other
 
     @property
     def needs_terms(self) -> bool:

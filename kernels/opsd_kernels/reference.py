@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import Divergence
+from opsd_kernels.heads import Head
 
 NOTHING = -1e4  # its exponential is 0 in every dtype, and 0 times it is 0, not NaN
 
@@ -16,9 +17,13 @@ def token_divergence(
     divergence: Divergence,
 ) -> Tensor:  # (N,)
     """Per-token divergence of divergence.py, from log_softmax. A logit of -inf counts as NOTHING."""
-    log_p = torch.log_softmax(z_s.clamp_min(NOTHING) / divergence.temperature, dim=-1)
-    log_q = torch.log_softmax(z_t.clamp_min(NOTHING) / divergence.temperature, dim=-1)
+    log_p, log_q = _log_probs(z_s, z_t, divergence)
     return _clipped(_terms(log_p, log_q, divergence), divergence).sum(dim=-1)
+
+
+def _log_probs(z_s: Tensor, z_t: Tensor, divergence: Divergence) -> list[Tensor]:
+    sides = zip((z_s, z_t), divergence.temperatures, strict=True)
+    return [torch.log_softmax(z.clamp_min(NOTHING) / temperature, dim=-1) for z, temperature in sides]
 
 
 def _terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:  # (N, V) each
@@ -39,17 +44,24 @@ def _clipped(terms: Tensor, divergence: Divergence) -> Tensor:
     return terms if divergence.clip is None else terms.clamp(max=divergence.clip)
 
 
+def dense_logits(hidden: Tensor, head: Tensor | Head) -> Tensor:  # (N, D), (V, D) -> (N, valid V)
+    head = Head.of(head)
+    z = hidden @ head.weight[: head.valid_vocab].mT
+    z = head.scale * (z if head.bias is None else z + head.bias[: head.valid_vocab])
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
 def dense_token_kl(
     student_hidden: Tensor,  # (N, D)
-    head: Tensor,  # (V, D)
+    head: Tensor | Head,  # (V, D)
     teacher_hidden: Tensor,  # (N, E)
-    teacher_head: Tensor | None,  # (V, E); None: head
+    teacher_head: Tensor | Head | None,  # (V, E); None: head
     divergence: Divergence,
 ) -> Tensor:  # (N,)
     """What fused_token_kl computes, with both (N, V) logits and everything autograd keeps of them."""
     with torch.no_grad():
-        z_t = teacher_hidden @ (head if teacher_head is None else teacher_head).mT
-    return token_divergence(student_hidden @ head.mT, z_t, divergence)
+        z_t = dense_logits(teacher_hidden, head if teacher_head is None else teacher_head)
+    return token_divergence(dense_logits(student_hidden, head), z_t, divergence)
 
 
 def by_products(
@@ -60,13 +72,13 @@ def by_products(
 ) -> dict[str, Tensor]:  # each (N,), named as in TokenStats
     top = z_s.argmax(dim=-1, keepdim=True)
     results = {"top1_agreement": (z_t.gather(1, top) == z_t.amax(dim=-1, keepdim=True))[:, 0].to(z_s.dtype)}
-    for side, logits in (("student", z_s), ("teacher", z_t)):
-        z = logits.detach().clamp_min(NOTHING) / divergence.temperature
-        log_p = torch.log_softmax(z, dim=-1)
-        results[f"{side}_entropy"] = -(log_p.exp() * log_p).sum(dim=-1)
-        results[f"{side}_lse"] = z.logsumexp(dim=-1)
-        results[f"{side}_logprob"] = log_p.gather(1, tokens[:, None])[:, 0]
-    log_p, log_q = (torch.log_softmax(z.detach().clamp_min(NOTHING) / divergence.temperature, -1) for z in (z_s, z_t))
+    log_p, log_q = _log_probs(z_s.detach(), z_t.detach(), divergence)
+    for side, z, temperature, log in zip(
+        ("student", "teacher"), (z_s, z_t), divergence.temperatures, (log_p, log_q), strict=True
+    ):
+        results[f"{side}_entropy"] = -(log.exp() * log).sum(dim=-1)
+        results[f"{side}_lse"] = (z.detach() / temperature).logsumexp(dim=-1)
+        results[f"{side}_logprob"] = log.gather(1, tokens[:, None])[:, 0]
     terms = _terms(log_p, log_q, divergence)
     clipped = terms > _clipped(terms, divergence)
     results["clip_fraction"] = torch.where(clipped, log_p.exp(), 0.0).sum(dim=-1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import Divergence, fused_token_kl, rows
+from opsd_kernels import Divergence, Head, fused_token_kl, rows
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -139,7 +139,7 @@ def workspace_for(inputs, backend, rows_per_chunk):
     budget = kernel.scratch_bytes(inputs.head.shape[0]) / 2**20 + 0.05
     while True:
         ops = Operands(
-            *(inputs.student_hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head),
+            *(inputs.student_hidden, Head(inputs.head), inputs.teacher_hidden, Head(inputs.teacher_head)),
             *(Divergence(), kernel, budget),
         )
         try:

@@ -12,18 +12,19 @@ one reused workspace (chunking.py, sweep.py), and the gradient is formed in the 
 2 N D V operations, a frozen head takes 3 G and a trainable one 4 G.
 """
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from opsd_kernels.autograd import TokenKL
 from opsd_kernels.checks import check_operands
+from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
 from opsd_kernels.rows import RowOutputs, select_rows
 from opsd_kernels.stats import TokenStats
-from opsd_kernels.sweep import Gradients, Operands, sweep
+from opsd_kernels.sweep import Operands
 
 DEFAULT_WORKSPACE_MIB = 1200  # 512 logits rows and 2048 gradient rows of a 152k vocabulary in bf16
 Backend = Literal["auto", "triton", "native", "torch"]
@@ -84,6 +85,7 @@ def fused_token_kl(
     1/length into token_weights and divide the sum, not the tokens. Any other upstream is correct too, at 3 G more for
     a second pass in backward, and so is a second backward through a retained graph. Uniform is recognised by stride 0
     (and on CPU by value). Double backward raises.
+    Under torch.compile the call is one node, opsd::fused_token_kl; autocast does not touch it.
 
     Heads. A tensor is a plain weight; Head (heads.py) adds a bias, a scale, a softcap, and padding to skip. Where both
     sides are the same linear function at the same temperature (teacher_head None, or a view of the same memory),
@@ -99,6 +101,11 @@ def fused_token_kl(
     divergence = Divergence.of(divergence)
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
+    weights = None if token_weights is None else token_weights.detach().float().contiguous()
+    if torch.compiler.is_compiling():
+        settings = Settings.of(divergence, student, teacher, backend, workspace_mib)
+        value, table = token_kl(student_hidden, student, teacher_hidden, teacher, weights, tokens, settings)
+        return (value, TokenStats.of(RowOutputs(table), tokens is not None)) if return_stats else value
     ops = Operands(
         student_hidden=student_hidden,
         head=student.view(),
@@ -109,79 +116,5 @@ def fused_token_kl(
         workspace_mib=workspace_mib,
         tokens=None if tokens is None else tokens.contiguous(),
     )
-    weights = None if token_weights is None else token_weights.detach().float().contiguous()
     value, table = TokenKL.apply(student_hidden, student.weight, student.bias, ops, weights, torch.is_grad_enabled())
     return (value, TokenStats.of(RowOutputs(table), tokens is not None)) if return_stats else value
-
-
-class TokenKL(torch.autograd.Function):
-    """Gradients of student_hidden, weight and bias, formed in the forward; backward multiplies by the arriving one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,  # (N, D)
-        weight: Tensor,  # (padded V, D)
-        bias: Tensor | None,  # (padded V,)
-        ops: Operands,
-        weights: Tensor | None,  # (N,) fp32
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:  # weighted values, and all results
-        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        ctx.hidden_grad = torch.empty_like(student_hidden) if wanted[0] else None
-        ctx.weight_grad, ctx.bias_grad = (_zeros(x) if want else None for x, want in _pairs(weight, bias, wanted))
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            out = sweep(ops, weights, _targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
-        value = out["value"].clone() if weights is None else out["value"] * weights
-        if any(wanted[1:]):  # only a second pass reads them
-            ctx.ops, ctx.weights = ops, weights
-            ctx.save_for_backward(student_hidden, weight, bias)  # raises if they change in place before that pass
-        ctx.mark_non_differentiable(out.table)
-        return value, out.table
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad = weight_grad = bias_grad = None
-        if ctx.hidden_grad is not None:
-            hidden_grad = (ctx.hidden_grad * upstream[:, None]).to(ctx.hidden_grad.dtype)
-        if any(ctx.needs_input_grad[1:3]):
-            weight_grad, bias_grad = _head_gradients(ctx, upstream)
-        return hidden_grad, weight_grad, bias_grad, None, None, None
-
-
-def _pairs(weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
-    return [(weight, wanted[1]), (weight if bias is None else bias, wanted[2])]
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.float32)
-
-
-def _targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-    """Views of the gradients without the padded vocabulary, whose gradient stays 0."""
-    vocab = ops.head.weight.shape[0]
-    return Gradients(hidden, None if weight is None else weight[:vocab], None if bias is None else bias[:vocab])
-
-
-def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,)
-    student_hidden, weight, bias = ctx.saved_tensors
-    kept = [ctx.weight_grad, ctx.bias_grad]
-    ctx.weight_grad = ctx.bias_grad = None  # scaled in place, hence once
-    first = any(x is not None for x in kept)
-    if first and (upstream.numel() == 0 or _is_uniform(upstream)):
-        total = kept if upstream.numel() == 0 else [None if x is None else x.mul_(upstream[0]) for x in kept]
-    else:
-        weights = upstream.float() if ctx.weights is None else upstream.float() * ctx.weights
-        kept.clear()  # before their successors are made
-        total = [_zeros(x) if want else None for x, want in _pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            sweep(ctx.ops, weights.contiguous(), _targets(ctx.ops, None, *total))
-    return [None if x is None else x.to(like.dtype) for x, like in zip(total, (weight, bias), strict=True)]
-
-
-def _is_uniform(upstream: Tensor) -> bool:
-    """One number for all tokens. Only the stride is asked on a device: reading values there would wait for it."""
-    if upstream.numel() == 1 or upstream.stride(0) == 0:
-        return True
-    return upstream.device.type == "cpu" and bool((upstream == upstream[0]).all())

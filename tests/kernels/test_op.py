@@ -46,7 +46,7 @@ def test_arbitrary_upstream_equals_token_weights(backend, kind, trainable):
 
 @every_backend
 def test_uniform_upstream_needs_one_sweep_and_another_one_two(backend, monkeypatch):
-    page = importlib.import_module("opsd_kernels.fused_token_kl")  # not the function that hides it
+    page = importlib.import_module("opsd_kernels.autograd")
     sweeps, sweep = [], page.sweep
     monkeypatch.setattr(page, "sweep", lambda *a: sweeps.append(a) or sweep(*a))
     inputs = cases.mixture(torch.float32, shared=True)
@@ -203,6 +203,25 @@ def test_memory_stays_in_the_workspace(backend, dtype, trainable):
     results = n * width * 8 + n * 4 * 8 + (vocab * width * 8 if trainable else 0)
     assert memory.largest < n * vocab * 4, "a tensor of [tokens, vocabulary] was made"
     assert memory.peak <= mib * 2**20 + results
+
+
+class Reads(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: values of tensors, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+@every_kind
+@frozen_or_not
+@pytest.mark.skipif(cases.INTERPRETED, reason="the torch rows stand for every row kernel's host side")
+def test_no_value_is_read_on_the_host(kind, trainable):
+    inputs = cases.mixture(torch.bfloat16, shared=False, n=5)
+    options = {"token_weights": inputs.upstream, "divergence": cases.DIVERGENCES[kind], "trainable": trainable}
+    with Reads():
+        gradients("torch", inputs, torch.sum, **options)
 
 
 @every_backend

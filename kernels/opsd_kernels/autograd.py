@@ -1,0 +1,82 @@
+"""fused_token_kl for autograd, eagerly. compiled.py is the same for torch.compile."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd_kernels.sweep import Gradients, Operands, sweep
+
+
+class TokenKL(torch.autograd.Function):
+    """Gradients of student_hidden, weight and bias, formed in the forward; backward multiplies by the arriving one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (padded V, D)
+        bias: Tensor | None,  # (padded V,)
+        ops: Operands,
+        weights: Tensor | None,  # (N,) fp32
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:  # weighted values, and all results
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.hidden_grad = torch.empty_like(student_hidden) if wanted[0] else None
+        ctx.weight_grad, ctx.bias_grad = (zeros(x) if want else None for x, want in pairs(weight, bias, wanted))
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
+        value = out["value"].clone() if weights is None else out["value"] * weights
+        if any(wanted[1:]):  # only a second pass reads them
+            ctx.ops, ctx.weights = ops, weights
+            ctx.save_for_backward(student_hidden, weight, bias)  # raises if they change in place before that pass
+        ctx.mark_non_differentiable(out.table)
+        return value, out.table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad = weight_grad = bias_grad = None
+        if ctx.hidden_grad is not None:
+            hidden_grad = (ctx.hidden_grad * upstream[:, None]).to(ctx.hidden_grad.dtype)
+        if any(ctx.needs_input_grad[1:3]):
+            weight_grad, bias_grad = _head_gradients(ctx, upstream)
+        return hidden_grad, weight_grad, bias_grad, None, None, None
+
+
+def pairs(weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
+    return [(weight, wanted[1]), (weight if bias is None else bias, wanted[2])]
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.float32)
+
+
+def targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+    """Views of the gradients without the padded vocabulary, whose gradient stays 0."""
+    vocab = ops.head.weight.shape[0]
+    return Gradients(hidden, None if weight is None else weight[:vocab], None if bias is None else bias[:vocab])
+
+
+def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,)
+    student_hidden, weight, bias = ctx.saved_tensors
+    kept = [ctx.weight_grad, ctx.bias_grad]
+    ctx.weight_grad = ctx.bias_grad = None  # scaled in place, hence once
+    first = any(x is not None for x in kept)
+    if first and (upstream.numel() == 0 or is_uniform(upstream)):
+        total = kept if upstream.numel() == 0 else [None if x is None else x.mul_(upstream[0]) for x in kept]
+    else:
+        weights = upstream.float() if ctx.weights is None else upstream.float() * ctx.weights
+        kept.clear()  # before their successors are made
+        total = [zeros(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
+    return [None if x is None else x.to(like.dtype) for x, like in zip(total, (weight, bias), strict=True)]
+
+
+def is_uniform(upstream: Tensor) -> bool:
+    """One number for all tokens. Only the stride is asked on a device: reading values there would wait for it."""
+    if upstream.numel() == 1 or upstream.stride(0) == 0:
+        return True
+    return upstream.device.type == "cpu" and bool((upstream == upstream[0]).all())

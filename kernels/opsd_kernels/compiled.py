@@ -1,0 +1,193 @@
+"""fused_token_kl for torch.compile: one opaque node forward, one backward, whose shapes are known without running.
+
+Same sweep and same results as autograd.py. The head's gradient is scaled into a new tensor, not in place: a compiled
+step holds it once more for a moment.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.autograd import is_uniform, targets, zeros
+from opsd_kernels.divergence import Divergence
+from opsd_kernels.heads import Head
+from opsd_kernels.rows import RESULTS, select_rows
+from opsd_kernels.sweep import Operands, sweep
+
+
+class Settings(NamedTuple):
+    """Everything that is not a tensor, in types that an operator may take."""
+
+    kind: str
+    backend: str
+    numbers: list[float]  # beta, temperature, the teacher's, clip, scale, softcap, the teacher's two, workspace_mib
+    vocabs: list[int]  # valid rows of both heads
+
+    @classmethod
+    def of(cls, divergence: Divergence, head: Head, teacher: Head, backend: str, workspace_mib: float) -> "Settings":
+        clip = math.inf if divergence.clip is None else divergence.clip
+        numbers = [divergence.beta, *divergence.temperatures, clip]
+        for side in (head, teacher):
+            numbers += [side.scale, math.inf if side.softcap is None else side.softcap]
+        vocabs = [x.weight.shape[0] if x.valid_vocab is None else x.valid_vocab for x in (head, teacher)]
+        return cls(divergence.kind, backend, [float(x) for x in (*numbers, workspace_mib)], vocabs)
+
+
+class Sides(NamedTuple):
+    """The tensors; teacher_weight None is the student's head."""
+
+    student_hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    tokens: Tensor | None
+
+
+def token_kl(
+    student_hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    weights: Tensor | None,
+    tokens: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:  # weighted values, and all results
+    shared = teacher_head is head
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student_hidden, *_own(head))]
+    value, table, *_ = _forward(
+        *(student_hidden, *_own(head), teacher_hidden.detach()),
+        *((None, None) if shared else (x if x is None else x.detach() for x in _own(teacher_head))),
+        *(tokens, weights, wanted, *settings),
+    )
+    return value, table
+
+
+def _own(head: Head) -> tuple[Tensor, Tensor | None]:
+    return head.weight, head.bias
+
+
+def _operands(sides: Sides, settings: Settings) -> Operands:
+    beta, temperature, teacher_temperature, clip, scale, cap, teacher_scale, teacher_cap, mib = settings.numbers
+    optional = [None if x == math.inf else x for x in (clip, cap, teacher_cap)]
+    student = Head(sides.weight, sides.bias, scale, optional[1], settings.vocabs[0])
+    teacher = student
+    if sides.teacher_weight is not None:
+        teacher = Head(sides.teacher_weight, sides.teacher_bias, teacher_scale, optional[2], settings.vocabs[1])
+    return Operands(
+        student_hidden=sides.student_hidden.detach(),
+        head=student.view(),
+        teacher_hidden=sides.teacher_hidden,
+        teacher_head=teacher.view(),
+        divergence=Divergence(settings.kind, beta, temperature, teacher_temperature, optional[0]),
+        rows=select_rows(settings.backend, sides.student_hidden.device),
+        workspace_mib=mib,
+        tokens=None if sides.tokens is None else sides.tokens.contiguous(),
+    )
+
+
+@torch.library.custom_op("opsd::fused_token_kl", mutates_args=())
+def _forward(
+    student_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    tokens: Tensor | None,
+    weights: Tensor | None,
+    wanted: list[bool],
+    kind: str,
+    backend: str,
+    numbers: list[float],
+    vocabs: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # value, all results, and gradients, empty where not wanted
+    sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
+    ops = _operands(sides, Settings(kind, backend, numbers, vocabs))
+    grads = [torch.empty_like(student_hidden) if wanted[0] else None]
+    grads += [zeros(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)]
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        out = sweep(ops, weights, targets(ops, *grads))
+    value = out["value"].clone() if weights is None else out["value"] * weights
+    hidden_grad, weight_grad, bias_grad = (student_hidden.new_empty(0) if x is None else x for x in grads)
+    return value, out.table, hidden_grad, weight_grad, bias_grad
+
+
+@_forward.register_fake
+def _(student_hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    wanted: list[bool] = rest[5]
+    n = student_hidden.shape[0]
+    grads = [torch.empty_like(student_hidden) if wanted[0] else student_hidden.new_empty(0)]
+    for x, want in zip((weight, bias), wanted[1:], strict=True):
+        grads.append(zeros(x) if want and x is not None else student_hidden.new_empty(0))
+    table = student_hidden.new_empty((len(RESULTS), n), dtype=torch.float32)
+    return torch.empty_like(table[0]), table, *grads
+
+
+@torch.library.custom_op("opsd::fused_token_kl_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    hidden_grad: Tensor,
+    weight_grad: Tensor,
+    bias_grad: Tensor,
+    student_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    tokens: Tensor | None,
+    weights: Tensor | None,
+    wanted: list[bool],
+    kind: str,
+    backend: str,
+    numbers: list[float],
+    vocabs: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = (hidden_grad * upstream[:, None]).to(hidden_grad.dtype) if wanted[0] else hidden_grad.clone()
+    pairs = [(weight_grad, weight, wanted[1]), (bias_grad, weight if bias is None else bias, wanted[2])]
+    total: list[Tensor | None] = [None, None]
+    if any(wanted[1:]) and upstream.numel() > 0:
+        if is_uniform(upstream):
+            total = [kept * upstream[0] if want else None for kept, _, want in pairs]
+        else:
+            sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
+            ops = _operands(sides, Settings(kind, backend, numbers, vocabs))
+            arriving = upstream.float() if weights is None else upstream.float() * weights
+            total = [zeros(like) if want else None for _, like, want in pairs]
+            with torch.autocast(student_hidden.device.type, enabled=False):
+                sweep(ops, arriving.contiguous(), targets(ops, None, *total))
+    weight_out, bias_out = (
+        (kept.clone() if x is None else x).to(like.dtype if want else kept.dtype)
+        for x, (kept, like, want) in zip(total, pairs, strict=True)
+    )
+    return hidden, weight_out, bias_out
+
+
+@_backward.register_fake
+def _(upstream: Tensor, hidden_grad: Tensor, weight_grad: Tensor, bias_grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, bias, wanted = rest[1], rest[2], rest[8]
+    return (
+        torch.empty_like(hidden_grad),
+        torch.empty_like(weight_grad, dtype=weight.dtype if wanted[1] else None),
+        torch.empty_like(bias_grad, dtype=bias.dtype if wanted[2] else None),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.rest = inputs[:8], inputs[8:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output[2:], *tensors)
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward(upstream, *ctx.saved_tensors, *ctx.rest)
+    wanted = ctx.rest[0]
+    kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return *kept, *[None] * 10
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)

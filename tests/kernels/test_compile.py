@@ -1,0 +1,71 @@
+"""torch.compile(fullgraph=True): one node forward, the results of the eager call."""
+
+import pytest
+import torch
+
+from opsd_kernels import Divergence, Head, fused_token_kl
+from tests.kernels import cases
+
+pytestmark = pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the row kernel")
+
+
+def step(student, weight, bias, teacher, token_weights):
+    head = Head(weight, bias, softcap=8.0)
+    divergence = Divergence("jsd", clip=1e-3)
+    options = {"divergence": divergence, "token_weights": token_weights, "return_stats": True}
+    value, stats = fused_token_kl(student, head, teacher, **options)
+    return value.sum() * 2, stats.student_entropy
+
+
+def plain(student, weight, bias, teacher, token_weights):
+    return (fused_token_kl(student, weight, teacher) * token_weights).sum(), token_weights
+
+
+@pytest.mark.parametrize("function", [step, plain], ids=["options", "arbitrary upstream"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_one_node_with_eager_results(function, trainable, dtype):
+    torch._dynamo.reset()
+    inputs = cases.mixture(dtype, shared=True, n=9)
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    results = []
+    for call in (function, torch.compile(function, backend=backend, fullgraph=True)):
+        student = inputs.student_hidden.clone().requires_grad_()
+        head = inputs.head.clone().requires_grad_(trainable)
+        bias = torch.zeros(cases.V, dtype=dtype, requires_grad=trainable and function is step)
+        total, other = call(student, head, bias, inputs.teacher_hidden, inputs.upstream)
+        total.backward()
+        results.append([total.detach(), other.detach(), student.grad, head.grad, bias.grad])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9)
+    assert len(graphs) == 1
+    nodes = [node for node in graphs[0].graph.nodes if "fused_token_kl" in str(node.target)]
+    assert len(nodes) == 1
+
+
+def test_operator_is_what_it_says():
+    inputs = cases.mixture(torch.float32, shared=True, n=5)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
+    numbers = [0.5, 1.0, 1.0, float("inf"), 1.0, float("inf"), 1.0, float("inf"), 600.0]
+    arguments = (student, head, None, inputs.teacher_hidden, None, None, None, None, [True, True, False])
+    torch.library.opcheck(
+        torch.ops.opsd.fused_token_kl.default, (*arguments, "jsd", "auto", numbers, [cases.V, cases.V])
+    )
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_second_derivative_says_why_not(trainable):
+    inputs = cases.mixture(torch.float32, shared=True, n=5)
+    student = inputs.student_hidden.requires_grad_()
+    weights = torch.ones(5, requires_grad=True)
+    value = (fused_token_kl(student, inputs.head.requires_grad_(trainable), inputs.teacher_hidden) * weights).sum()
+    (grad,) = torch.autograd.grad(value, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 
-TITLES = ("provider", "ms", "tokens/s", "% of floor", "max dX error")
+TITLES = ("provider", "ms", "tokens/s", "% of floor", "extra MiB", "max dX error")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -13,6 +13,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for bench in session.benchmarks if session else []:
         if "case" in bench.extra_info and not bench.has_error:
             cases[bench.extra_info["case"]][bench.extra_info["provider"]] = bench
+    if cases:
+        skipped = {report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])}
+        for reason in sorted(skipped):
+            terminalreporter.write_line(f"absent: {reason.removeprefix('Skipped: ')}")
     for case, providers in cases.items():
         terminalreporter.write_sep("-", case)
         floor = providers.get("floor")
@@ -21,5 +25,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             seconds, info = bench.stats.median, bench.extra_info
             share = f"{100 * floor.stats.median / seconds:.0f}" if floor else "-"
             error = f"{info['error']:.1e}" if "error" in info else "-"
-            columns = (name, f"{1e3 * seconds:.1f}", f"{info['tokens'] / seconds:.0f}", share, error)
+            extra = f"{info['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in info else "-"
+            columns = (name, f"{1e3 * seconds:.1f}", f"{info['tokens'] / seconds:.0f}", share, extra, error)
             terminalreporter.write_line("".join(f"{column:>16}" for column in columns))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +38,10 @@ class Checkpoint:
 
 def save(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, teacher: Teacher, keep: int) -> Path:
     """Write RUN/checkpoints/step-N atomically, point `last` at it, drop all but the newest `keep`."""
-    final = folder / f"step-{step:06d}"
+    final = _path(folder, step)
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".step-*"):  # by a run that was killed
+        shutil.rmtree(left)
     with writing(temporary):
         temporary.mkdir(parents=True)
         _save_model(model, temporary)
@@ -48,18 +51,24 @@ def save(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, te
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from before it
         os.replace(temporary, final)
         _point(folder / "last", final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    for step_done in sorted(_steps(folder))[:-keep]:
+        old = _path(folder, step_done)
+        doomed = old.with_name(f".{old.name}.old")  # out of sight first: a kill half-way leaves no half checkpoint
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
     return final
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps, or None."""
-    found = []
-    for path in folder.glob("step-*"):
-        meta = _read_meta(path)
-        found.append(Checkpoint(path, meta["step"]))
-    return max(found, key=lambda c: c.step, default=None)
+    """The checkpoint with the most steps, or None. `last` is pointed at it: a kill may have come in between."""
+    step = max(_steps(folder), default=None)
+    if step is None:
+        return None
+    path = _path(folder, step)
+    _check_meta(path, step)
+    with suppress(OSError):  # a run that is only read may be read-only
+        _point(folder / "last", path)
+    return Checkpoint(path, step)
 
 
 def restore(checkpoint: Checkpoint, optimizer: Optimizer, teacher: Teacher) -> None:
@@ -97,15 +106,23 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _read_meta(path: Path) -> dict[str, int]:
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    names = [path.name for path in folder.glob("step-*")]
+    return [int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name)]
+
+
+def _check_meta(path: Path, step: int) -> None:
     file = path / "trainer.json"
     try:
         meta = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise InputError("a checkpoint written by opsd", str(error), file=file) from error
-    if meta.get("format") != _FORMAT:
-        raise InputError(f"checkpoint format {_FORMAT}", str(meta.get("format")), file=file, field="format")
-    return meta
+    if meta != {"format": _FORMAT, "step": step}:
+        raise InputError(f"checkpoint format {_FORMAT} at step {step}", repr(meta), file=file)
 
 
 def _sync(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opsd.errors import InputError
 
-_REFUSED_BY_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_REFUSED_BY_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ from opsd.sections import (
     RolloutConfig,
     TeacherConfig,
     TrainConfig,
+    at_home,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RolloutConfig",
     "TeacherConfig",
     "TrainConfig",
+    "at_home",
     "dump_config",
     "load_config",
 ]
@@ -100,7 +102,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         node = loader.get_single_node()
         lines = dict(_key_lines(node, path))
         data = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the latter through
         mark = getattr(error, "problem_mark", None)
         found = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError("valid YAML", str(found), file=path, line=mark and mark.line + 1) from error
@@ -139,7 +141,7 @@ def _override(text: str) -> tuple[str, str, Any]:
     textual = _takes(field, str) or _takes(field, Path)
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if not textual:
             raise InputError("a YAML value", repr(raw), file=COMMAND_LINE, field=name) from error
         value = raw
@@ -176,6 +178,8 @@ def _merge(
             values[str(section)] = keys
             continue
         into = values.setdefault(str(section), {})
+        if not isinstance(into, dict):  # a list, say, in the file: the check of the whole config says so
+            continue
         for key, value in (keys or {}).items():
             place = (str(section), str(key))
             sources[place] = Source(file, lines.get(place))
@@ -186,7 +190,7 @@ def _resolve(place: tuple[str, str], value: Any, folder: Path) -> Any:
     """A path made absolute. model.path is one if it looks like one or is a folder there, else a hub id."""
     if not isinstance(value, str) or not value:
         return value
-    local = folder / Path(value).expanduser()
+    local = folder / at_home(Path(value))
     if place == ("model", "path"):
         return str(local) if value.startswith((".", "/", "~")) or local.is_dir() else value
     return str(local) if _takes(_field(*place), Path) else value

@@ -50,6 +50,11 @@ def read_examples(path: Path, config: DataConfig, *, held_out: bool = False) -> 
     return examples
 
 
+def labelled(rows: list[Example]) -> list[Example]:
+    """The rows that accuracy can be measured on."""
+    return [row for row in rows if row.label is not None]
+
+
 def order(n_rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:
     """The row indices of a step (counted from 0): a pure function, so a resumed run needs no state.
 

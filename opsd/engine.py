@@ -10,6 +10,7 @@ Letters: B prompts, G responses per prompt, P prompt tokens, T response tokens, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,25 +31,25 @@ class Responses:
     lengths: list[int]  # B*G lengths >= 1, end token included; on the host, so packing needs no sync
     per_prompt: int  # G
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """(B*G, T) bool, true on real tokens."""
         steps = torch.arange(self.tokens.shape[1])
         return (steps < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
 
-    @property
+    @cached_property
     def packed_index(self) -> Tensor:
         """(N,) positions of the real tokens in the flattened (B*G*T) grid, response by response."""
         width = self.tokens.shape[1]
         rows = [torch.arange(length) + i * width for i, length in enumerate(self.lengths)]
         return torch.cat(rows).to(self.tokens.device)
 
-    @property
+    @cached_property
     def packed_tokens(self) -> Tensor:
         """(N,) the real tokens, response by response."""
         return self.tokens.flatten().index_select(0, self.packed_index)
 
-    @property
+    @cached_property
     def token_weights(self) -> Tensor:
         """(N,) fp32: 1/T_i, so that the weighted sum is the sum over responses of their means."""
         lengths = torch.tensor(self.lengths)

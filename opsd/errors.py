@@ -79,3 +79,15 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
         number = int(native.group(1))
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
+def explained(expected: str, field: str) -> Iterator[None]:
+    """Where other libraries read what the user named: any failure of theirs becomes an `InputError` about `field`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise InputError(expected, f"{type(error).__name__}: {lines[0].strip()}", field=field) from error

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opsd import checkpoint
 from opsd.cli import guard
 from opsd.config import load_config
-from opsd.data import Example, read_examples
+from opsd.data import Example, labelled, read_examples
 from opsd.errors import InputError, writing
 from opsd.model import LanguageModel, load_model
 from opsd.prompt_cache import PromptCache
@@ -55,7 +57,7 @@ def measure(run: Any, step: int) -> None:
     """Evaluate the student's view, and the teacher's if asked, on the run's held-out rows; append the records."""
     config = run.config.evaluate
     for split, rows in run.held_out.items():
-        rows = [row for row in rows if row.label is not None][: config.limit]
+        rows = labelled(rows)[: config.limit]
         views: dict[str, tuple[Any, AbstractContextManager[None]]] = {"student": (run.prompts.student, nullcontext())}
         if config.teacher and can_teach(rows, run.config.prompts):
             views["teacher"] = (run.prompts.teacher, run.teacher.weights())
@@ -65,7 +67,9 @@ def measure(run: Any, step: int) -> None:
                     run.model, [build(r) for r in rows], config.batch_size, run.config.rollout.max_new_tokens
                 )
             result = wilson(sum(int(accuracy(t, r.label)) for t, r in zip(texts, rows, strict=True)), len(rows))
-            run.directory.append("evaluations", {"step": step, "split": split, "view": view, **asdict(result)})
+            sees = run.config.prompts.privilege if view == "teacher" else "none"
+            record = {"step": step, "split": split, "view": view, "privilege": sees, **asdict(result)}
+            run.directory.append("evaluations", record)
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
 
 
@@ -75,6 +79,8 @@ def percent(result: Accuracy) -> str:
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.run_dir / "config.yaml")
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
     last = checkpoint.newest(args.run_dir / "checkpoints")
     if last is None:
         raise InputError("a checkpoint to evaluate", "none", file=args.run_dir / "checkpoints")
@@ -90,14 +96,15 @@ def run(args: argparse.Namespace) -> None:
     )
     out = args.out or args.run_dir / f"predictions-{args.data.stem}.jsonl"
     _write(out, rows, texts)
-    labelled = [(row, text) for row, text in zip(rows, texts, strict=True) if row.label is not None]
-    if labelled:
-        right = sum(int(accuracy(text, row.label)) for row, text in labelled)
-        print(f"accuracy without rationale: {percent(wilson(right, len(labelled)))}")
+    if n := len(labelled(rows)):
+        right = sum(int(accuracy(text, row.label)) for row, text in zip(rows, texts, strict=True))
+        print(f"accuracy without rationale: {percent(wilson(right, n))}")
     print(f"answers: {out}")
 
 
 def _write(out: Path, rows: list[Example], texts: list[str]) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError("a file in an existing folder", str(out), field="--out")
     with writing(out), out.open("w", encoding="utf-8") as stream:
         for row, text in zip(rows, texts, strict=True):
             record = {"id": row.id, "response": text, "answer": parse_answer(text), "label": row.label}
@@ -105,7 +112,7 @@ def _write(out: Path, rows: list[Example], texts: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(prog="python -m opsd.evaluate", description=__doc__)
+    made = argparse.ArgumentParser(prog="python -m opsd.evaluate", description=__doc__, allow_abbrev=False)
     made.add_argument("run_dir", type=Path, help="a run of opsd.train; its newest checkpoint is evaluated")
     made.add_argument("--data", type=Path, required=True, help="rows (JSONL); rationales are not read")
     made.add_argument("--out", type=Path, help="answers (JSONL); default RUN_DIR/predictions-<data name>.jsonl")

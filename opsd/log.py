@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from opsd.errors import writing
+from opsd.errors import InputError, writing
 
 PHASES = ("rollout", "teacher", "student")
 
@@ -46,7 +46,13 @@ class RunDir:
         if not file.exists():
             return []
         lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise InputError("a JSON record", str(error), file=file, line=number) from error
+        return records
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step` updates: a resumed run will do those steps again."""

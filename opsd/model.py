@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.config import ModelConfig
-from opsd.errors import InputError
+from opsd.errors import InputError, explained
 from opsd.integrations.hf import logit_changes, skip_head
 
 
@@ -77,7 +77,8 @@ class LanguageModel:
         positions = seen[-1]
         if positions is not None:
             positions = positions[None] if positions.ndim == 2 else positions[-3:]
-        return Forward(hidden[-1], getattr(output, "past_key_values", None), positions)
+        states = hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1]  # norms leave autocast in fp32
+        return Forward(states, getattr(output, "past_key_values", None), positions)
 
     @contextmanager
     def mode(self, train: bool) -> Iterator[None]:
@@ -89,18 +90,21 @@ class LanguageModel:
         finally:
             self.module.train(before)
 
-    def _autocast(self) -> Any:
+    @property
+    def _mixed(self) -> bool:
         # Full fine-tuning in bf16 keeps fp32 weights: at lr 1e-6 a bf16 weight would not move.
-        on = self.config.dtype == "bfloat16" and not self.has_adapter
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+        return self.config.dtype == "bfloat16" and not self.has_adapter
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._mixed)
 
 
 def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = None) -> LanguageModel:
     """Load model and processor from a folder or hub id, freeze what the config freezes, add the adapter.
 
     seed: of a fresh adapter. checkpoint: a folder with trained weights, or a trained adapter, to take instead of the
-    starting ones. Raises InputError for a path that holds no model, a model without an output head, or one that
-    changes its logits after the head.
+    starting ones. Raises InputError for a path that holds no whole model and processor, a family the engine does not
+    handle, an output head it cannot use, and for a device, attention or adapter that does not work here.
     """
     from transformers.utils import logging
 
@@ -109,38 +113,57 @@ def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = Non
     logging.disable_progress_bar()  # ours is on the terminal
     lora = config.adapter == "lora"
     source = config.path if checkpoint is None or lora else str(checkpoint)
-    module = _model_class(source, config).from_pretrained(
-        source,
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" and lora else torch.float32,
-        attn_implementation=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
+    module = _read_weights(source, config)
     _check_head(module, source)
+    _check_attention(module)
     _freeze(module, config.freeze)
     if lora:
         module = _add_lora(module, config, seed, checkpoint)
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(source, trust_remote_code=config.trust_remote_code)
-    return LanguageModel(module.to(device).eval(), processor, read_processor_files(source), config)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")
+    with explained("a tokenizer, and a processor where the model has media", field="model.path"):
+        processor = load_processor(source, trust_remote_code=config.trust_remote_code)
+        files = read_processor_files(source)
+    with explained("auto, or a device of this machine", field="model.device"):
+        module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
+    return LanguageModel(module.eval(), processor, files, config)
 
 
-def _model_class(path: str, config: ModelConfig) -> Any:
-    """The class the checkpoint names; a full Omni checkpoint is opened as its thinker."""
+def _read_weights(path: str, config: ModelConfig) -> Any:
+    """The model in the class its config names, every weight read; a full Omni checkpoint is opened as its thinker."""
     import transformers
 
-    try:
+    with explained("a model folder or hub id", field="model.path"):
         hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        found = f"{path!r} ({str(error).splitlines()[0]})"
-        raise InputError("a model folder or hub id", found, field="model.path") from error
     architecture = (hf_config.architectures or ["(none)"])[0]
     if architecture in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
     cls = getattr(transformers, architecture, None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) or hf_config.is_encoder_decoder:
         found = f"{architecture} in {path}"
-        raise InputError("an architecture known to transformers", found, field="model.path")
-    return cls
+        raise InputError("a decoder architecture known to transformers", found, field="model.path")
+    with explained("weights that load, and model.attention that they support", field="model.path"):
+        module, report = cls.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"all weights of {architecture}", f"{path} without {names}", field="model.path")
+    return module
+
+
+def _check_attention(module: Any) -> None:
+    """Prompts of different lengths share a right-padded cache, which a window or a recurrent state would misread."""
+    config = module.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds != {"full_attention"} or (window is not None and not getattr(config, "layer_types", None)):
+        found = f"{type(module).__name__} with {', '.join(sorted(kinds))}" + (f", window {window}" if window else "")
+        raise InputError("full attention in every layer", found, field="model.path")
 
 
 def _check_head(module: Any, path: str) -> None:
@@ -157,21 +180,27 @@ def _check_head(module: Any, path: str) -> None:
 
 
 def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Freeze modules by the beginning of their parameters' names: `visual` or `model.layers.1`, not layers.10."""
     names = [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
+        if not any(_is_under(name, prefix) for name in names):
             parts = ", ".join(sorted({name.split(".")[0] for name in names}))
-            raise InputError(f"the beginning of a parameter's name ({parts}, ...)", repr(prefix), field="model.freeze")
+            raise InputError(f"the name of a module or parameter ({parts}, ...)", repr(prefix), field="model.freeze")
     for name, parameter in module.named_parameters():
-        if name.startswith(prefixes):
+        if any(_is_under(name, prefix) for prefix in prefixes):
             parameter.requires_grad_(False)
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
 
 
 def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | None) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if checkpoint is not None:
-        return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
+        with explained("an adapter of this model", field="--resume"):
+            return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
     targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
     lora = LoraConfig(
         r=config.lora_r,
@@ -181,11 +210,12 @@ def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | No
         exclude_modules=_outside_decoder(module),
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)
-    peft_model: Any = get_peft_model(module, lora)
-    if type(peft_model.get_base_model().get_output_embeddings()) is not nn.Linear:
+    head = next(name for name, child in module.named_modules() if child is module.get_output_embeddings())
+    if isinstance(targets, list) and any(f".{head}".endswith(f".{target}") for target in targets):
         raise InputError("no adapter on the output head", str(targets), field="model.lora_targets")
-    return peft_model
+    torch.manual_seed(seed)
+    with explained("names of modules in the decoder", field="model.lora_targets"):
+        return get_peft_model(module, lora)
 
 
 def _outside_decoder(module: Any) -> str | None:
@@ -199,9 +229,7 @@ def _end_ids(module: Any, tokenizer: Any) -> list[int]:
     ids = module.generation_config.eos_token_id if module.generation_config is not None else None
     ids = ids if ids is not None else tokenizer.eos_token_id
     if ids is None:
-        raise InputError(
-            field="model.path",
-            expected="an end-of-sequence token",
-            found="none in generation_config or tokenizer",
-        )
-    return [ids] if isinstance(ids, int) else list(ids)
+        raise InputError("an end-of-sequence token", "none in generation_config or tokenizer", field="model.path")
+    ids = [ids] if isinstance(ids, int) else list(ids)
+    # the tokenizer's own first: of several ends it is the one that closes a turn
+    return sorted(ids, key=lambda i: i != tokenizer.eos_token_id)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
-from opsd.errors import InputError, raise_all
+from opsd.errors import InputError, explained, raise_all
 from opsd.media import load_audio, load_image
 
 
@@ -104,14 +104,19 @@ class PromptBuilder:
             if images or sounds:
                 raise example.problem("prompt", "text only, as the model has no processor for media", "media")
             messages = [{"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with explained("a chat template that renders the rows' messages", field="model.path"):
+            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         extra: dict[str, Any] = {}
         if images:
             extra["images"] = [images]  # nested: one list per text, the form every processor takes
         if sounds:
             extra |= {"audio": sounds, "sampling_rate": self.media.sampling_rate}
         # The template has written every special token that belongs there.
-        out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
+        try:
+            out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
+        except ValueError as error:
+            found = str(error).strip().splitlines()[0]
+            raise example.problem("prompt", "text and media that the model's processor takes", found) from error
         inputs = {name: torch.as_tensor(value) for name, value in out.items()}
         prompt = Prompt(_without_silence(inputs) if self.cuts_silence else inputs, text)
         if prompt.length > self.config.max_prompt_tokens:

@@ -28,10 +28,16 @@ def rows_of_table(evaluations: list[dict[str, Any]]) -> list[tuple[str, dict[str
     first, last = min(r["step"] for r in records), max(r["step"] for r in records)
     rows = []
     for when, step in (("before", first), ("after", last)):
-        for view, name in (("student", "student"), ("teacher", "teacher, privileged view")):
+        for view in ("student", "teacher"):
             found = [r for r in records if r["step"] == step and r["view"] == view]
-            rows += [(f"{name}, {when}", found[-1])] if found else []
+            rows += [(f"{_name(found[-1])}, {when}", found[-1])] if found else []
     return rows
+
+
+def _name(record: dict[str, Any]) -> str:
+    if record["view"] == "student":
+        return "student"
+    return "teacher without privilege" if record["privilege"] == "none" else f"teacher with {record['privilege']}"
 
 
 def _print_table(evaluations: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd.config import DataConfig
+from opsd.config import DataConfig, at_home
 from opsd.errors import InputError, did_you_mean
 
 FIELDS = ("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_images")
@@ -163,7 +163,7 @@ class RowParser:
     def _medium(self, field: str, value: Any) -> Path:
         """The absolute path of a file that exists; whether it decodes, `opsd.prompts.verify` says."""
         name = self._text(field, value)
-        path = (self.file.parent / Path(name).expanduser()).absolute() if name else self.file
+        path = (self.file.parent / at_home(Path(name))).absolute() if name else self.file
         if "://" in name:
             self.refuse(field, "the path of a local file", repr(name))
         elif name and not path.is_file():

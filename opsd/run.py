@@ -14,10 +14,11 @@ import torch
 from opsd import checkpoint
 from opsd.checkpoint import Checkpoint
 from opsd.config import Config, dump_config, load_config
-from opsd.data import Example, order, read_examples
-from opsd.errors import InputError, raise_all
+from opsd.data import Example, labelled, order, read_examples
+from opsd.errors import InputError, explained, raise_all
 from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.model import LanguageModel, load_model
+from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder, can_teach, verify
@@ -64,15 +65,15 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
     """Open a new run, or go on with the one in `train.run_dir`. Every problem is raised before the first step."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    new = config.train.run_dir is not None and not config.train.run_dir.exists()
     directory, last = _open_directory(config, resume)
     try:
         run = _build(config, directory, last)
     except BaseException:
-        if not any(directory.path.iterdir()):  # a run that never began leaves no folder
+        if new and not any(directory.path.iterdir()):  # a run that never began leaves no folder
             directory.path.rmdir()
         raise
-    if not resume:
-        dump_config(config, directory.path / "config.yaml")
+    dump_config(config, directory.path / "config.yaml")  # again on resume: it may train for longer now
     directory.rewind(run.start if last is not None else -1)
     try:
         yield run
@@ -85,13 +86,17 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     _check_rows(train, config)
+    for split, rows in held_out.items():
+        if not any(row.label for row in rows):
+            raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
     model = load_model(config.model, config.train.seed, last.path if last is not None else None)
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     if config.prompts.verify:  # what fits stays in the cache
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
         verify(prompts, train, teacher=privileged)
-        for rows in held_out.values():
+        for rows in map(labelled, held_out.values()):
             verify(prompts, rows, teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
+    _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps)
     start = 0
@@ -139,7 +144,13 @@ def _open_directory(config: Config, resume: bool) -> tuple[RunDir, Checkpoint | 
         if not saved.exists():
             raise InputError("a run directory with config.yaml", "none", file=path, field="--resume")
         _same_config(config, load_config(saved), saved)
-        return directory, checkpoint.newest(directory.checkpoints)
+        last = checkpoint.newest(directory.checkpoints)
+        if last is not None and last.step > config.train.steps:
+            expected = f"at least the {last.step} steps already done"
+            raise InputError(expected, str(config.train.steps), field="train.steps")
+        return directory, last
+    if path.exists() and not path.is_dir():
+        raise InputError("a folder", "a file", file=path, field="train.run_dir")
     if path.exists() and any(path.iterdir()):
         raise InputError(
             "a new or empty folder", "a folder with files", file=path, field="train.run_dir",
@@ -165,6 +176,14 @@ def _same_config(config: Config, saved: Config, file: Path) -> None:
 
 def _flat(config: Config) -> dict[str, object]:
     return {f"{s}.{k}": v for s, keys in config.model_dump(mode="json").items() for k, v in keys.items()}
+
+
+def _try_loss(model: LanguageModel, config: Config) -> None:
+    """One token through the loss: a missing backend or too small a workspace is told now, not after a rollout."""
+    if config.objective.kind == "distill":
+        token = torch.zeros(1, model.head.shape[1], dtype=model.head.dtype, device=model.device, requires_grad=True)
+        with explained("settings that fused_token_kl takes for this model", field="objective"):
+            distill_loss(token, model.head, token.detach(), None, torch.ones(1, device=model.device), config.objective)
 
 
 def _read(split: str, config: Config) -> list[Example]:

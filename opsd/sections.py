@@ -40,9 +40,17 @@ def _refuse(field: str, expected: str, found: object) -> PydanticCustomError:
     return PydanticCustomError("check", "{expected}", {"field": field, "expected": expected, "found": repr(found)})
 
 
+def at_home(path: Path) -> Path:
+    """`~` and `~name` resolved; a name nobody has stays as it is, and will be said not to exist."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: path.expanduser().absolute())]
+Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: at_home(path).absolute())]
 
 
 class Section(BaseModel):
@@ -133,7 +141,7 @@ class EngineConfig(Section):
 
 class RolloutConfig(Section):
     group_size: int = Field(default=4, ge=1, description="G, responses sampled per prompt.")
-    max_new_tokens: int = Field(default=512, ge=1, description="Longest response (tokens).")
+    max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="Longest response (tokens).")
     temperature: Float = Field(default=1.0, gt=0, description="Sampling temperature.")
     top_p: Float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
     top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
@@ -158,7 +166,7 @@ class ObjectiveConfig(Section):
     alpha: Float = Field(
         default=0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
     )
-    workspace_mib: int = Field(default=256, ge=1, description="Memory for logits of one chunk (MiB).")
+    workspace_mib: int = Field(default=1200, ge=1, description="Memory for logits of one chunk (MiB).")
     backend: Literal["auto", "triton", "native", "torch"] = Field(
         default="auto", description="Row kernels of the loss."
     )
@@ -168,6 +176,8 @@ class ObjectiveConfig(Section):
     def _checks(self) -> ObjectiveConfig:
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise _refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
+        if self.alpha and self.kind != "distill":
+            raise _refuse("alpha", f"0 for objective.kind {self.kind}", self.alpha)
         if self.teacher_view_fraction and self.kind != "sft":
             raise _refuse("teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction)
         return self
@@ -226,7 +236,7 @@ class EvaluateConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(default=100, ge=0, description="Optimizer updates.")
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts per update, over all micro-batches.")
-    seed: int = Field(default=0, ge=0, description="Seed of data order, sampling and initialisation.")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of data order, sampling and initialisation.")
     run_dir: Local | None = Field(
         default=None, description="Folder of the run; null takes the next free runs/<name>-NNN."
     )
@@ -253,6 +263,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across(self) -> Config:
+        if self.objective.kind == "reward" and self.rollout.group_size < 2:
+            raise _refuse("rollout.group_size", "at least 2 for objective.kind reward, which compares responses", 1)
         if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
             raise _refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
         return self

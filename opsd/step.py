@@ -35,6 +35,7 @@ class Group:
     prompts: list[Prompt]
     responses: Responses
     texts: list[str]  # B*G decoded responses
+    scores: dict[str, float]  # sums over responses of what the answers are worth; none for gold answers
 
 
 class Sums:
@@ -59,7 +60,8 @@ def sample(run: Run, rows: list[tuple[int, Example]], step: int) -> Group:
     prompts = [run.prompts.student(example) for example in examples]
     seeds = [run.seed(step, place, "rollout") for place, _ in rows]
     responses = rollout(run.model, prompts, Sampling.of(run.config.rollout), seeds)
-    return Group(examples, prompts, responses, decode(run.model.tokenizer, responses))
+    texts = decode(run.model.tokenizer, responses)
+    return Group(examples, prompts, responses, texts, _scores(run, examples, responses, texts))
 
 
 def teach(run: Run, group: Group) -> tuple[Tensor, Tensor | None] | None:
@@ -91,7 +93,7 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, s
         loss=loss.detach(),
         tokens=sum(responses.lengths),
         responses=len(responses.lengths),
-        **_scores(group, run),
+        **group.scores,
     )
     return loss
 
@@ -103,6 +105,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     Speeds are response tokens per second of a phase. This is the one place where the host waits for the device.
     """
     config = run.config.log
+    if config.samples_every and (step % config.samples_every == 0 or step == 1):
+        _log_samples(run, step, group)
     if step % config.every and step != run.config.train.steps:
         return
     values, seconds = sums.read(), run.clock.read()
@@ -118,8 +122,6 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     run.logged = step
     run.directory.append("metrics", record)
     run.progress.step(record)
-    if config.samples_every and (step % config.samples_every == 0 or step == 1):
-        _log_samples(run, step, group)
 
 
 def _log_samples(run: Run, step: int, group: Group) -> None:
@@ -138,7 +140,7 @@ def _gold(run: Run, rows: list[tuple[int, Example]], step: int) -> Group:
         tokens.append([*answer, run.model.end_ids[0]])
     examples = [example for _, example in rows]
     responses = Responses.pack(tokens, 1, run.model.pad_id, run.model.device)
-    return Group(examples, prompts, responses, [str(example.answer) for example in examples])
+    return Group(examples, prompts, responses, [str(example.answer) for example in examples], scores={})
 
 
 def _reward_term(run: Run, group: Group, hidden: Tensor, weights: Tensor, normalise: bool) -> Tensor:
@@ -152,16 +154,13 @@ def _reward_term(run: Run, group: Group, hidden: Tensor, weights: Tensor, normal
     return reward_loss(logprobs, advantages, group.responses.lengths, weights)
 
 
-def _scores(group: Group, run: Run) -> dict[str, float]:
-    """Sums over responses of what the sampled answers are worth; none for gold answers."""
-    if run.config.objective.kind == "sft":
-        return {}
-    owners = [example for example in group.examples for _ in range(group.responses.per_prompt)]
+def _scores(run: Run, examples: list[Example], responses: Responses, texts: list[str]) -> dict[str, float]:
+    owners = [example for example in examples for _ in range(responses.per_prompt)]
     ended = set(run.model.end_ids)
-    rows = zip(group.responses.tokens.tolist(), group.responses.lengths, strict=True)
+    rows = zip(responses.tokens.tolist(), responses.lengths, strict=True)
     return {
-        "accuracy": sum(accuracy(text, owner.label) for text, owner in zip(group.texts, owners, strict=True)),
-        "format": sum(well_formed(text) for text in group.texts),
+        "accuracy": sum(accuracy(text, owner.label) for text, owner in zip(texts, owners, strict=True)),
+        "format": sum(well_formed(text) for text in texts),
         "truncated": sum(tokens[length - 1] not in ended for tokens, length in rows),
     }
 

@@ -185,3 +185,65 @@ def test_debug_shows_the_traceback(job):
     (job / "rows.jsonl").write_text("\n")
     with pytest.raises(InputError):
         main([str(job / "job.yaml"), *base_words(job), "--debug"])
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("model.device=nowhere", ["model.device", "nowhere"]),
+        ("model.attention=fast", ["model.attention", "fast"]),
+        ("model.freeze=[model]", ["model.freeze", "something left to train"]),
+        ("model.freeze=[visual]", ["model.freeze", "'visual'"]),
+        ("objective.backend=triton", ["objective", "triton"]),
+        ("train.steps=2020-13-45", ["train.steps"]),
+        ("train.seed=99999999999999999999", ["train.seed"]),
+        ("data.test=~nobody-here/rows.jsonl", ["~nobody-here"]),
+    ],
+)
+def test_settings_that_do_not_work_here(job, capsys, word, expected):
+    err = run(job, word, capsys=capsys)
+    for text in expected:
+        assert text in err
+
+
+@pytest.mark.parametrize("targets", ["[nothing]", "[q_proj, lm_head]", "[]"])
+def test_adapter_targets_that_do_not_work(job, capsys, targets):
+    err = run(job, "model.adapter=lora", f"model.lora_targets={targets}", capsys=capsys)
+    assert "model.lora_targets" in err
+
+
+def test_held_out_rows_without_labels(job, capsys):
+    path = job / "unlabelled.jsonl"
+    path.write_text('{"id": "a", "prompt": "the clip"}\n')
+    err = run(job, f"data.test={path}", capsys=capsys)
+    assert "unlabelled.jsonl" in err and "'label'" in err
+
+
+def test_weights_that_are_not_there(job, capsys):
+    """An untied head that the file does not hold would be a random one."""
+    file = job / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": False}))
+    assert "lm_head.weight" in run(job, capsys=capsys)
+
+
+def test_windows_are_refused(job, capsys):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(job / "windowed")
+    err = run(job, f"model.path={job / 'windowed'}", capsys=capsys)
+    assert "full attention in every layer" in err and "MistralForCausalLM" in err
+
+
+def test_no_chat_template(job, capsys):
+    (job / "model" / "chat_template.jinja").unlink()
+    assert "chat template" in run(job, capsys=capsys)
+
+
+def test_a_users_own_empty_folder_survives_a_failed_start(job, capsys):
+    (job / "run").mkdir()
+    run(job, "model.device=nowhere", capsys=capsys)
+    assert (job / "run").is_dir()

@@ -20,6 +20,7 @@ def test_configs_load(path):
     config = load_config(path)
     assert config.objective.kind == "distill"
     assert config.prompts.privilege == "rationale"
+    assert "#" not in (config.prompts.system or ""), "a comment inside a folded text is text"
 
 
 def run_python(code: list[str], **kwargs) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from opsd.engine import response_hidden
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
 from opsd.objectives.reward import group_normalised, reward_loss
@@ -104,13 +107,10 @@ def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(open
             group = sample(run, next(run.passes(0)), 0)
             target = teach(run, group)
             texts = ["<think> low </think> <answer> sad </answer>"] * len(group.texts)
-            group = type(group)(group.examples, group.prompts, group.responses, texts)
+            group = replace(group, texts=texts)
             losses[alpha] = learn(run, group, target, Sums()).item()
     with open_run(text_job(tmp_path, f"train.run_dir={tmp_path / 'x'}")) as run:
         group = sample(run, next(run.passes(0)), 0)
-        hidden = run.model.forward  # noqa: F841 - the model is opened for its head and tokens only
-        from opsd.engine import response_hidden
-
         states = response_hidden(run.model, group.prompts, group.responses)
         logprobs = token_logprobs(states, run.model.head, group.responses.packed_tokens)
         owners = [e for e in group.examples for _ in range(3)]

@@ -24,7 +24,17 @@ def test_percent():
 
 
 def record(step, view, accuracy, split="test"):
-    return {"step": step, "split": split, "view": view, "accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 9}
+    sees = "rationale" if view == "teacher" else "none"
+    return {
+        "step": step,
+        "split": split,
+        "view": view,
+        "privilege": sees,
+        "accuracy": accuracy,
+        "low": 0.0,
+        "high": 1.0,
+        "n": 9,
+    }
 
 
 def test_table_has_before_and_after_of_the_test_split(tmp_path, capsys):
@@ -43,9 +53,9 @@ def test_table_has_before_and_after_of_the_test_split(tmp_path, capsys):
         directory.append("metrics", {"step": step, "loss": 1 / step, "divergence": 1 / step, "accuracy": step / 9})
     assert [(name, r["accuracy"]) for name, r in rows_of_table(records)] == [
         ("student, before", 0.4),
-        ("teacher, privileged view, before", 1.0),
+        ("teacher with rationale, before", 1.0),
         ("student, after", 0.9),
-        ("teacher, privileged view, after", 0.95),
+        ("teacher with rationale, after", 0.95),
     ]
     write_report(directory)
     out = capsys.readouterr().out

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from opsd import checkpoint
 from opsd.errors import InputError
 from opsd.run import with_run_dir
-from opsd.train import train
+from opsd.train import main, train
 from tests.jobs import base_words, text_job
 
 # What a clock or the process decides; everything else must repeat.
@@ -152,3 +152,29 @@ def test_a_damaged_checkpoint_is_said_by_name(tmp_path):
     with pytest.raises(InputError) as caught:
         train(text_job(tmp_path, "train.steps=4"), resume=True)
     assert "trainer.safetensors" in str(caught.value)
+
+
+def test_a_kill_while_old_checkpoints_are_dropped_or_linked_costs_nothing(tmp_path):
+    config = text_job(tmp_path, "checkpoint.every=1", "checkpoint.keep=3")
+    train(config)
+    folder = config.train.run_dir / "checkpoints"
+    (folder / "step-000002" / "trainer.json").unlink()  # half dropped
+    (folder / "step-notes").mkdir()  # somebody's own
+    (folder / "last").unlink()
+    (folder / "last").symlink_to("step-000003")  # killed before the link moved
+    assert checkpoint.newest(folder).step == 4
+    assert (folder / "last").resolve().name == "step-000004"
+    train(text_job(tmp_path, "checkpoint.every=1", "checkpoint.keep=3", "train.steps=5"), resume=True)
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["last", "step-000003", "step-000004", "step-000005", "step-notes"]
+
+
+def test_a_longer_run_stays_longer_when_it_is_resumed_again(tmp_path):
+    train(text_job(tmp_path, "train.steps=2"))
+    longer = text_job(tmp_path, "train.steps=6")
+    train(longer, resume=True)
+    shutil.rmtree(longer.train.run_dir / "checkpoints" / "step-000006")
+    assert main(["--resume", str(longer.train.run_dir)]) == 0
+    assert [m["step"] for m in metrics(longer.train.run_dir)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(InputError, match=r"train\.steps"):
+        train(text_job(tmp_path, "train.steps=2"), resume=True)

@@ -138,3 +138,24 @@ def test_freeze_a_trains_b_only(folder):
     model, *_ = open_model(folder, "model.adapter=lora")
     build_teacher(TeacherConfig(kind="ema", lora_average="freeze_a"), model)
     assert model.trainable() and all(".lora_B." in name for name in model.trainable())
+
+
+def test_a_small_average_is_not_lost_in_a_bf16_base(folder):
+    """Added into the weight, an average a thousandth of its size would round away."""
+    model, *_ = open_model(folder, "model.adapter=lora", "model.dtype=bfloat16")
+    teacher = build_teacher(TeacherConfig(kind="ema", mu=MU), model)
+    layer = next(iter(teacher.layers.values())).get_base_layer()
+    x = torch.randn(5, layer.in_features).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    for average in teacher.average.values():
+        average.copy_(1e-3 * layer.weight.float().std() * torch.randn(average.shape, generator=generator))
+    average = next(iter(teacher.average.values()))
+    seen = []
+    handle = layer.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), teacher.weights():
+        hook = list(layer._forward_hooks.values())[-1]
+        seen.append(hook(layer, (x,), torch.zeros(5, layer.out_features)))
+    handle.remove()
+    want = x.double() @ average.double().T
+    assert ((seen[0].double() - want).norm() / want.norm()).item() < 0.01
+    assert not layer._forward_hooks

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ HERE: Final = Path(__file__).parent
 CACHE: Final = Path("runs/cache")
 SIZES: Final = {TRAIN: 1536, VALIDATION: 96, TEST: 384}  # clips
 DATA_SEED: Final = 0
+LABEL_EVERY: Final = 19  # prime to the six labels, which take turns
 
 
 def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = CACHE) -> Config:
@@ -39,13 +41,24 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
     seed = load_config(None, words, base).train.seed  # a mistake in `words` is told before anything is built
     folder = (cache / f"embedded-{_key(seed)}").absolute()
     base["model"] = {"path": str(folder / "model")}
-    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in SIZES}
+    base["data"] |= {split.name: str(folder / "data" / f"{split.name}.jsonl") for split in (TRAIN, TEST)}
     config = load_config(None, words, base)
     with _lock(folder):
         if not folder.exists():
             print("first run: drawing clips and cold-starting a small model, once", flush=True)
             _build(folder, train, seed)
     return config
+
+
+def _with_bare_labels(rows: Path, label_template: str) -> Path:
+    """The training rows with, on every LABEL_EVERY-th, the bare label for a rationale: so that the model can read one
+    too, or `--ablation label-only` would have a teacher that learns nothing from what it sees."""
+    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    for row in lines[::LABEL_EVERY]:
+        row["rationale"] = label_template.replace("{label}", row["label"])
+    path = rows.with_name("cold_start.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    return path
 
 
 def _build(folder: Path, train: Callable[[Config], Any], seed: int) -> None:
@@ -68,7 +81,8 @@ def _build(folder: Path, train: Callable[[Config], Any], seed: int) -> None:
 
 def _cold_start(folder: Path, run_dir: Path, seed: int) -> Config:
     base = {**read_yaml(HERE / "cold_start.yaml")[0], "model": {"path": str(folder / "start")}}
-    base["data"]["train"] = str(folder / "data" / "train.jsonl")
+    rows = _with_bare_labels(folder / "data" / "train.jsonl", PromptsConfig().label_template)
+    base["data"]["train"] = str(rows)
     base["train"] |= {"run_dir": str(run_dir), "seed": seed}
     return load_config(None, (), base)
 

@@ -21,5 +21,5 @@ def token_logprobs(
 
 
 def _chunk(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
+    logits = torch.nn.functional.linear(hidden.float(), head.float())  # never rounded to the hidden states' dtype
     return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")

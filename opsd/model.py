@@ -139,7 +139,8 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
     if architecture in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
     cls = getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)) or hf_config.is_encoder_decoder:
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not is_model or hf_config.is_encoder_decoder:
         found = f"{architecture} in {path}"
         raise InputError("a decoder architecture known to transformers", found, field="model.path")
     with explained("weights that load, and model.attention that they support", field="model.path"):

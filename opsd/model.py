@@ -138,7 +138,7 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
     architecture = (hf_config.architectures or ["(none)"])[0]
     if architecture in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
-    cls = getattr(transformers, architecture, None)
+    cls: Any = getattr(transformers, architecture, object)
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not is_model or hf_config.is_encoder_decoder:
         found = f"{architecture} in {path}"

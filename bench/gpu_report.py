@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from bench import gpu_checks
-from bench.cases import MAX_ERROR, Case, gradient_error, operands, true_gradient
+from bench.cases import Case, gradient_error, operands, true_gradient
 from bench.measure import interleaved, peak_extra_bytes, summary
-from bench.providers import PROVIDERS, UNGATED, absent
+from bench.providers import PROVIDERS, absent, max_error
 from bench.results import Row, environment, row, write
 
 SECONDS = 450.0  # leaves half a minute of the eight for the slowest step that is under way
@@ -49,7 +49,7 @@ def measure(case: Case, seconds: float, names: Iterable[str]) -> list[Row]:
                 step()
                 error = None if name == "floor" else gradient_error(case)
                 facts[name] = {"extra_mib": peak_extra_bytes(step, case.device) / 2**20, "dx_error": error}
-                if error is not None and name not in UNGATED and not error <= MAX_ERROR[case.dtype]:
+                if error is not None and not error <= max_error(name, case.dtype):
                     reason = f"wrong: dX is off by {error:.1e}"
                 else:
                     steps[name] = step

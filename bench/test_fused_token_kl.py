@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.cases import CASES, MAX_ERROR, Case, gradient_error
+from bench.cases import CASES, Case, gradient_error
 from bench.measure import peak_extra_bytes
-from bench.providers import PROVIDERS, UNGATED, absent
+from bench.providers import PROVIDERS, absent, max_error
 
 ROUNDS = 4
 ONCE = {"torch rows", "TRL"}  # many times slower than everything else on a CPU: one round tells it
@@ -21,7 +21,7 @@ def test_forward_backward(benchmark, case: Case, provider: str) -> None:
     if provider != "floor":
         error = gradient_error(case)
         benchmark.extra_info["error"] = error
-        assert provider in UNGATED or error <= MAX_ERROR[case.dtype], f"dX is off by {error:.1e}"
+        assert error <= max_error(provider, case.dtype), f"dX is off by {error:.1e}"
         benchmark.extra_info["extra_bytes"] = peak_extra_bytes(step, case.device)
     benchmark.group = str(case)
     benchmark.extra_info.update(case=str(case), provider=provider, tokens=case.n, threads=torch.get_num_threads())

@@ -11,16 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opsd_kernels import Divergence, fused_token_kl
+from opsd_kernels import Divergence, Head, fused_token_kl
 
-SOFTCAP = "final_logit_softcapping"  # cap * tanh(logits / cap)
-# Attributes of a config by which a family multiplies or divides its logits.
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+# Attributes of a config by which a family changes its logits: c * tanh(logits / c), after a scale.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Exponent of a scale, by the beginning of model_type; 0: the hidden state is scaled, before the head.
+SCALES = {
+    "logit_scale": {"cohere": 1},
+    "logits_scaling": {"granite": -1, "hyperclovax": 1, "minicpm": 0},
+    "lm_head_multiplier": {"falcon_h1": 1},
+    "output_multiplier": {"muse_glimmer": 1},
+}
 
 
 def unwrapped(model: Any) -> Any:
@@ -49,14 +56,24 @@ def skip_head(model: Any) -> Iterator[list[Tensor]]:
 def logit_changes(model: Any) -> dict[str, float]:
     """What the model's config does to its logits after the head, by name: a softcap, scales other than 1."""
     config = unwrapped(model).config.get_text_config()
-    found = {name: getattr(config, name, None) for name in (SOFTCAP, *SCALES)}
-    return {name: value for name, value in found.items() if value is not None and (name == SOFTCAP or value != 1)}
+    found = {name: getattr(config, name, None) for name in (*SOFTCAPS, *SCALES)}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and (name in SOFTCAPS or (value != 1 and _exponent(model, name) != 0))
+    }
 
 
-def output_head(model: Any) -> Tensor:  # (V, D)
-    """Weight of the head, such that logits = hidden @ weight.T.
+def _exponent(model: Any, scale: str) -> int | None:
+    """None for a family that is not known to use this scale."""
+    family = str(unwrapped(model).config.get_text_config().model_type)
+    return next((power for prefix, power in SCALES[scale].items() if family.startswith(prefix)), None)
 
-    Raises ValueError where that does not hold: a bias, a softcap or scale, an adapter on the head, packed weights.
+
+def output_head(model: Any) -> Head:  # weight (V, D)
+    """The model's head with its bias, scale and softcap.
+
+    Raises ValueError for an adapter on the head, packed weights, and a scale in a family that is not in SCALES.
     """
     name = type(unwrapped(model)).__name__
     module = unwrapped(model).get_output_embeddings()
@@ -68,11 +85,16 @@ def output_head(model: Any) -> Tensor:  # (V, D)
         )
     if type(module) is not nn.Linear or not module.weight.is_floating_point():
         raise ValueError(f"expected the head of {name} to be a plain nn.Linear, got {type(module).__name__}")
-    if module.bias is not None:
-        raise ValueError(f"expected the head of {name} without bias, got one")
-    if changes := logit_changes(model):
-        raise ValueError(f"expected logits that are head(hidden), nothing after it, got {name} with {changes}")
-    return module.weight
+    scale, softcap = 1.0, None
+    for key, value in logit_changes(model).items():
+        power = None if key in SOFTCAPS else _exponent(model, key)
+        if key in SOFTCAPS:
+            softcap = float(value)
+        elif power is None:
+            raise ValueError(f"expected a family whose {key} is known (scales of the logits differ), got {name}")
+        else:
+            scale *= float(value) ** power
+    return Head(module.weight, module.bias, scale, softcap)
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:  # (B, S, D)
@@ -123,13 +145,23 @@ def distillation_loss(
 
 
 def matched(
-    student_hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The operands of fused_token_kl in one dtype: autocast's where it is on, else the head's. Shared heads stay so."""
+    student_hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head
+) -> tuple[Tensor, Head, Tensor, Head | None]:
+    """The operands of fused_token_kl with one dtype per side: autocast's where it is on, else that of the head.
+
+    A shared head stays shared: its cast is made once.
+    """
     device = student_hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    other = None if teacher_head is head else teacher_head.detach().to(dtype)
-    return student_hidden.to(dtype), head.to(dtype), teacher_hidden.to(dtype), other
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    student, teacher = _cast(head, dtype), None if head.equals(teacher_head) else _cast(teacher_head, dtype)
+    teacher_dtype = (teacher or student).weight.dtype
+    return student_hidden.to(student.weight.dtype), student, teacher_hidden.to(teacher_dtype), teacher
+
+
+def _cast(head: Head, dtype: torch.dtype | None) -> Head:
+    dtype = dtype or head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return replace(head, weight=head.weight.to(dtype), bias=bias)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opsd.integrations.conventions import divergence_of
 from opsd.integrations.hf import matched
-from opsd_kernels import fused_token_kl
+from opsd_kernels import Head, fused_token_kl
 
 
 class FusedLinearJSD(torch.nn.Module):
@@ -52,5 +52,5 @@ class FusedLinearJSD(torch.nn.Module):
         else:
             counted = (shift_labels != self.ignore_index).float()
             weights = counted / counted.sum().clamp(min=1)
-        operands = matched(student_input, student_weight, teacher_input, teacher_weight)
+        operands = matched(student_input, Head(student_weight), teacher_input, Head(teacher_weight))
         return fused_token_kl(*operands, divergence=self.divergence, token_weights=weights).sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opsd.integrations.conventions import divergence_of
 from opsd.integrations.hf import hidden_states, matched, output_head
-from opsd_kernels import fused_token_kl
+from opsd_kernels import Head, fused_token_kl
 
 
 class FusedDivergence:
@@ -37,33 +37,24 @@ class FusedDivergence:
     ) -> tuple[Tensor, Tensor]:
         """(divergence with gradient, student entropy without), each (N,) fp32.
 
-        A trained head wants one upstream number for all tokens (`.sum()`); others cost a second pass. Raises
-        ValueError for a bias, a softcap, and logit scales that differ between the two sides.
+        Under one weight for both sides scales, softcaps and biases that are equal keep it one head. A trained head
+        wants one upstream number for all tokens (`.sum()`); others cost a second pass.
         """
-        for name, value in (
-            ("student_bias", student_bias),
-            ("teacher_bias", teacher_bias),
-            ("student_final_logit_softcapping", student_final_logit_softcapping),
-            ("teacher_final_logit_softcapping", teacher_final_logit_softcapping),
-        ):
-            if value is not None:
-                found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-                raise ValueError(f"expected {name} to be None, got {found}")
-        if student_logit_scale != teacher_logit_scale:
-            raise ValueError(f"expected equal logit scales, got {student_logit_scale} and {teacher_logit_scale}")
+        student = Head(student_weight, student_bias, student_logit_scale, student_final_logit_softcapping)
+        teacher = Head(teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping)
         value, stats = fused_token_kl(
-            *matched(student_hidden, student_weight, teacher_hidden, teacher_weight),
-            divergence=divergence_of(beta, temperature / student_logit_scale),
+            *matched(student_hidden, student, teacher_hidden, teacher),
+            divergence=divergence_of(beta, temperature),
             return_stats=True,
         )
         return value, stats.student_entropy
 
 
 class Rows(NamedTuple):
-    """What stands where TRL keeps logits: they would be hidden @ head.T."""
+    """What stands where TRL keeps logits: they would be those of the head on the hidden states."""
 
     hidden: Tensor  # (B, T, D)
-    head: Tensor  # (V, D)
+    head: Head
 
 
 class FusedLossMixin:

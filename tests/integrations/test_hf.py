@@ -20,6 +20,8 @@ SIZES = {
     "num_attention_heads": 2,
 }
 
+FALCON = {"num_key_value_heads": 2, "mamba_d_ssm": 16, "mamba_n_heads": 2}
+
 
 def llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,6 +35,26 @@ def gemma(softcap):
 
     torch.manual_seed(0)
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=1, final_logit_softcapping=softcap))
+
+
+def biased(model):
+    head = torch.nn.Linear(16, V, bias=True)
+    torch.nn.init.normal_(head.bias)
+    model.set_output_embeddings(head)
+    return model
+
+
+def family(name, **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, initializer_range=0.3, pad_token_id=0, **changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def logits_of(hidden, head):
+    z = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 def lora(model, **changes):
@@ -63,6 +85,14 @@ MODELS = {
     "llama": llama,
     "tied": lambda: llama(tie_word_embeddings=True),
     "gemma without softcap": lambda: gemma(None),
+    "softcap": lambda: gemma(2.0),
+    "bias": lambda: biased(llama()),
+    "cohere multiplies": lambda: family("Cohere", logit_scale=0.25),
+    "granite divides": lambda: family("Granite", logits_scaling=3.0),
+    "falcon multiplies": lambda: family(
+        "FalconH1", num_key_value_heads=2, lm_head_multiplier=0.5, mamba_d_ssm=16, mamba_n_heads=2
+    ),
+    "minicpm scales before the head": lambda: family("MiniCPM3", dim_model_base=4),
     "lora": lambda: lora(llama()),
     "trained head": lambda: lora(llama(), modules_to_save=["lm_head"]),
 }
@@ -77,7 +107,7 @@ def test_hidden_states_times_head_are_the_logits_and_the_head_is_not_run(name):
     hidden = hidden_states(model, **inputs)
     hook.remove()
     assert sizes == [0]
-    torch.testing.assert_close(hidden @ output_head(model).mT, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(hidden, output_head(model)), model(**inputs).logits, atol=1e-5, rtol=1e-5)
     assert hidden_states(model, **inputs, logits_to_keep=3).shape == (2, 3, 16)
     assert model(**inputs).logits.shape == (2, S, V), "the hook is gone"
 
@@ -150,12 +180,11 @@ def test_autocast_takes_its_dtype():
 
 def test_what_the_loss_cannot_honour_is_refused():
     assert logit_changes(gemma(30.0)) == {"final_logit_softcapping": 30.0}
-    with pytest.raises(ValueError, match=r"expected logits that are head\(hidden\).*final_logit_softcapping.*30"):
-        output_head(gemma(30.0))
-    biased = llama()
-    biased.set_output_embeddings(torch.nn.Linear(16, V, bias=True))
-    with pytest.raises(ValueError, match="without bias"):
-        output_head(biased)
+    unknown = llama()
+    unknown.config.update({"logits_scaling": 2.0})
+    assert logit_changes(unknown) == {"logits_scaling": 2.0}
+    with pytest.raises(ValueError, match=r"expected a family whose logits_scaling is known.*got LlamaForCausalLM"):
+        output_head(unknown)
     from peft import LoraConfig, get_peft_model
 
     on_head = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head"]))

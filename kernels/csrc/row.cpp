@@ -65,7 +65,7 @@ RowResult by_products(const RowOptions o, const Centre centre, const Sums& sums,
     result.of[STUDENT_LSE] = static_cast<float>(centre.z_s * o.inverse_temperature + log_student);
     result.of[TEACHER_LSE] =
         static_cast<float>(teacher_centre * o.inverse_temperature + centre.t_max + log_teacher);
-    result.of[TOP1_AGREEMENT] = centre.t_max <= 0.0f ? 1.0f : 0.0f;
+    result.of[TOP1_AGREEMENT] = centre.agrees ? 1.0f : 0.0f;
     result.of[STUDENT_LOGPROB] = static_cast<float>(token.s - log_student);
     result.of[TEACHER_LOGPROB] = static_cast<float>(token.t - centre.t_max - log_teacher);
     return result;

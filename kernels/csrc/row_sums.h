@@ -22,6 +22,7 @@ constexpr int64_t BLOCK = 1024;
 struct Centre {
     float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
     float t_max;        // teacher's maximum in centred units
+    bool agrees;        // no teacher logit is above the one at a
 };
 
 struct Element {
@@ -66,7 +67,10 @@ Centre find_centre(const float* z_s, const float* z_t, const RowOptions o) {
     int64_t a = best_block;
     while (a + 1 < o.vocab && z_s[a] != top) ++a;
     const float teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
-    return {z_s[a], z_t[a], (teacher_top - teacher_here) * o.inverse_temperature};
+    if (teacher_here == -INFINITY)  // the teacher excludes a: its own maximum is the centre, and d there is infinite
+        return {z_s[a], DELTA ? z_s[a] - teacher_top : teacher_top, 0.0f, false};
+    const float t_max = (teacher_top - teacher_here) * o.inverse_temperature;
+    return {z_s[a], z_t[a], t_max, t_max <= 0.0f};
 }
 
 // Sums over a row. near: columns with |d| <= 1; far: the others. Teacher terms in units of exp(t_max).

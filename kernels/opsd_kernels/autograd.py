@@ -27,7 +27,7 @@ class TokenKL(torch.autograd.Function):
         ctx.weight_grad, ctx.bias_grad = (zeros(x) if want else None for x, want in pairs(weight, bias, wanted))
         with torch.autocast(student_hidden.device.type, enabled=False):
             out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
-        value = out["value"].clone() if weights is None else out["value"] * weights
+        value = out["value"].clone() if weights is None else times(weights, out["value"])
         if any(wanted[1:]):  # only a second pass reads them
             ctx.ops, ctx.weights = ops, weights
             ctx.save_for_backward(student_hidden, weight, bias)  # raises if they change in place before that pass
@@ -39,7 +39,7 @@ class TokenKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad = weight_grad = bias_grad = None
         if ctx.hidden_grad is not None:
-            hidden_grad = (ctx.hidden_grad * upstream[:, None]).to(ctx.hidden_grad.dtype)
+            hidden_grad = times(upstream[:, None], ctx.hidden_grad).to(ctx.hidden_grad.dtype)
         if any(ctx.needs_input_grad[1:3]):
             weight_grad, bias_grad = _head_gradients(ctx, upstream)
         return hidden_grad, weight_grad, bias_grad, None, None, None
@@ -47,6 +47,11 @@ class TokenKL(torch.autograd.Function):
 
 def pairs(weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> list[tuple[Tensor, bool]]:
     return [(weight, wanted[1]), (weight if bias is None else bias, wanted[2])]
+
+
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, where a weight of 0 outweighs whatever x is: a token that is left out may hold anything."""
+    return (x * weight).masked_fill_(weight == 0, 0)
 
 
 def zeros(x: Tensor) -> Tensor:

@@ -89,3 +89,12 @@ def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
         raise ValueError(f"expected tokens of shape ({n},) in int64, got {tuple(tokens.shape)} in {tokens.dtype}")
     if tokens.device != student_hidden.device:
         raise ValueError(f"expected tokens on {student_hidden.device}, got {tokens.device}")
+
+
+def check_finite_rows(**hidden: Tensor) -> None:
+    """Waits for the device."""
+    for name, tensor in hidden.items():
+        bad = (~tensor.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            some = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(f"expected finite {name}, got NaN or infinity in {len(bad)} of its rows: {some}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels.autograd import is_uniform, targets, zeros
+from opsd_kernels.autograd import is_uniform, targets, times, zeros
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
 from opsd_kernels.rows import RESULTS, select_rows
@@ -111,7 +111,7 @@ def _forward(
     grads += [zeros(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)]
     with torch.autocast(student_hidden.device.type, enabled=False):
         out = sweep(ops, weights, targets(ops, *grads))
-    value = out["value"].clone() if weights is None else out["value"] * weights
+    value = out["value"].clone() if weights is None else times(weights, out["value"])
     hidden_grad, weight_grad, bias_grad = (student_hidden.new_empty(0) if x is None else x for x in grads)
     return value, out.table, hidden_grad, weight_grad, bias_grad
 
@@ -147,7 +147,7 @@ def _backward(
     numbers: list[float],
     vocabs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = (hidden_grad * upstream[:, None]).to(hidden_grad.dtype) if wanted[0] else hidden_grad.clone()
+    hidden = times(upstream[:, None], hidden_grad).to(hidden_grad.dtype) if wanted[0] else hidden_grad.clone()
     pairs = [(weight_grad, weight, wanted[1]), (bias_grad, weight if bias is None else bias, wanted[2])]
     total: list[Tensor | None] = [None, None]
     if any(wanted[1:]) and upstream.numel() > 0:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import TokenKL
-from opsd_kernels.checks import check_operands
+from opsd_kernels.checks import check_finite_rows, check_operands
 from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
@@ -43,6 +43,7 @@ def fused_token_kl(
     workspace_mib: float = ...,
     backend: Backend = ...,
     return_stats: Literal[False] = False,
+    check_finite: bool = ...,
 ) -> Tensor: ...
 @overload
 def fused_token_kl(
@@ -57,6 +58,7 @@ def fused_token_kl(
     workspace_mib: float = ...,
     backend: Backend = ...,
     return_stats: Literal[True],
+    check_finite: bool = ...,
 ) -> tuple[Tensor, TokenStats]: ...
 def fused_token_kl(
     student_hidden: Tensor,  # (N, D) fp32 | fp16 | bf16
@@ -70,6 +72,7 @@ def fused_token_kl(
     workspace_mib: float = DEFAULT_WORKSPACE_MIB,
     backend: Backend = "auto",
     return_stats: bool = False,
+    check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # (N,) fp32
     """token_weights * divergence of each token, differentiable in student_hidden and head; equations on this page.
 
@@ -95,12 +98,21 @@ def fused_token_kl(
     differ in width and dtype.
     Half inputs: logits are fp32; on CPU, and for fp16 gradients, the head is widened blockwise in the workspace.
 
-    Raises ValueError for dimensions, dtypes, devices or sizes that do not match, an invalid divergence, a workspace
-    that cannot hold one row, or a named backend that is not available. N = 0 gives an empty result, zero gradients.
+    Infinite logits. A column that is -inf on both sides counts nothing. Where only the teacher excludes a token,
+    reverse KL is +inf and has no gradient (its row, and a trainable head's sum, are NaN); with a clip, or as JSD, both
+    are finite. Where only the student does, forward KL is +inf. No other token's value or hidden gradient is touched,
+    and a token of weight 0 gives 0 whatever its logits are. check_finite looks for NaN and infinity in the hidden
+    states first; it waits for the device and is for eager calls.
+
+    Raises ValueError for dimensions, dtypes, devices or sizes that do not match, an invalid divergence, hidden states
+    that check_finite finds, a workspace that cannot hold one row, or a named backend that is not available. N = 0
+    gives an empty result, zero gradients.
     """
     divergence = Divergence.of(divergence)
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
+    if check_finite:
+        check_finite_rows(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     weights = None if token_weights is None else token_weights.detach().float().contiguous()
     if torch.compiler.is_compiling():
         settings = Settings.of(divergence, student, teacher, backend, workspace_mib)

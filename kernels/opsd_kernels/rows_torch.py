@@ -53,7 +53,7 @@ def _slab(
 ) -> None:
     inverse = 1.0 / divergence.temperature
     top = z_s.argmax(dim=-1, keepdim=True)
-    z_top, second_top = z_s.gather(1, top), z_t.gather(1, top)
+    z_top, second_top, excluded = _centre(z_s, z_t, is_delta, top)
     student, other = z_s - z_top, z_t - second_top
     s = student * inverse
     d = (other if is_delta else student - other) * inverse
@@ -66,7 +66,7 @@ def _slab(
     _by_products(
         "teacher", t - t_max, q, sum_t, (z_top - second_top if is_delta else second_top) * inverse + t_max, out, tokens
     )
-    out["top1_agreement"].copy_((t_max <= 0)[:, 0])
+    out["top1_agreement"].copy_(((t_max <= 0) & ~excluded)[:, 0])
 
     # sum of exp(t) - exp(s): expm1 where the two are close, their plain difference where expm1 could overflow
     difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.clamp(max=30).exp() - e_s)
@@ -79,7 +79,16 @@ def _slab(
     out["value"].copy_((value.clamp_min(0) if divergence.clip is None else value)[:, 0])
     out["clip_fraction"].copy_(lost[:, 0])
     if grad is not None:
-        grad.copy_(slope * scale[:, None])
+        grad.copy_(_times(scale[:, None], slope))
+
+
+def _centre(z_s: Tensor, z_t: Tensor, is_delta: bool, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both rows at the student's argmax; where the teacher excludes it (-inf), the teacher at its own maximum."""
+    z_top, second_top = z_s.gather(1, top), z_t.gather(1, top)
+    excluded = (z_top - second_top if is_delta else second_top) == -torch.inf
+    teacher_top = (z_s - z_t if is_delta else z_t).amax(dim=-1, keepdim=True)
+    instead = z_top - teacher_top if is_delta else teacher_top
+    return z_top, torch.where(excluded, instead, second_top), excluded
 
 
 def _by_products(

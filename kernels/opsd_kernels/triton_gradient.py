@@ -36,8 +36,8 @@ def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.
 
 
 @triton.jit
-def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, student, teacher, inverse_t,
-                 delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
+def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, excluded, student, teacher,
+                 inverse_t, delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """Everything but the value into out (RESULTS, n)."""
     theirs = parts + row * count * splits
     lane = tl.arange(0, splits)
@@ -50,7 +50,7 @@ def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_ma
     teacher_a = top - second_a if delta else second_a
     tl.store(mine + STUDENT_LSE * out_stride, top * inverse_t + log_student)
     tl.store(mine + TEACHER_LSE * out_stride, teacher_a * inverse_t + t_max + log_teacher)
-    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where(t_max <= 0.0, 1.0, 0.0))
+    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where(excluded, 0.0, tl.where(t_max <= 0.0, 1.0, 0.0)))
     log_p, log_q = t_max * 0.0, t_max * 0.0
     if tokens is not None:
         token = tl.load(tokens + row)
@@ -69,7 +69,7 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
                     beta, clip, clips: tl.constexpr, with_grad: tl.constexpr, kind: tl.constexpr,
                     delta: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
+    top, second_a, t_max, excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
     student, teacher, c, value = merge_sums(parts, row, t_max, kind, splits, count)
     part, kept, lost, student_lost = value, value * 0.0, value * 0.0, value * 0.0
     if clips or kind == JSD:
@@ -78,8 +78,8 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
         floor = value if clips and kind != JSD else 0.0  # clipped terms may sum to less than 0
         tl.store(out + VALUE * out_stride + row, tl.where(value < 0.0, floor, value))
         tl.store(out + CLIP_FRACTION * out_stride + row, student_lost)
-        _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, student, teacher, inverse_t,
-                     delta, splits, count)  # fmt: skip
+        _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, excluded, student, teacher,
+                     inverse_t, delta, splits, count)  # fmt: skip
     if with_grad:
         begin, end = segment(vocab, tile, splits)
         factor = tl.load(scale + row)
@@ -90,4 +90,4 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
                 z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
             )
             slope = _slope(e_s / student, e_t / teacher, d + c, part, kept, lost, beta, clip, clips, kind)
-            tl.store(grad + row * grad_stride + column, factor * slope, mask=column < end)
+            tl.store(grad + row * grad_stride + column, times(factor, slope), mask=column < end)

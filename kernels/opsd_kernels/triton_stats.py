@@ -58,7 +58,10 @@ def centre_kernel(z_s, second, tokens, parts, vocab, stride, delta: tl.constexpr
 @triton.jit
 def merge_centre(second, parts, row, stride, inverse_t, delta: tl.constexpr, splits: tl.constexpr,
                  count: tl.constexpr):  # fmt: skip
-    """z_s[a], second[a], and the teacher's maximum in centred units."""
+    """z_s[a], second[a], the teacher's maximum in centred units, and whether it excludes a (-inf).
+
+    Then the teacher is centred at its own maximum, and d is infinite at a.
+    """
     theirs = parts + row * count * splits + tl.arange(0, splits)
     tops = tl.load(theirs)
     indices = tl.load(theirs + splits).to(tl.int32, bitcast=True)
@@ -67,7 +70,9 @@ def merge_centre(second, parts, row, stride, inverse_t, delta: tl.constexpr, spl
     second_a = tl.load(second + row * stride + a)
     teacher_a = top - second_a if delta else second_a
     teacher_top = tl.max(tl.load(theirs + 2 * splits), 0)
-    return top, second_a, (teacher_top - teacher_a) * inverse_t
+    excluded = teacher_a == float("-inf")
+    second_a = tl.where(excluded, top - teacher_top if delta else teacher_top, second_a)
+    return top, second_a, (teacher_top - tl.where(excluded, teacher_top, teacher_a)) * inverse_t, excluded
 
 
 @triton.jit
@@ -88,7 +93,7 @@ def elements(z_s, second, row, stride, column, end, top, second_a, t_max, invers
 def sums_kernel(z_s, second, parts, vocab, stride, inverse_t, kind: tl.constexpr, delta: tl.constexpr,
                 tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
+    top, second_a, t_max, _excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
     begin, end = segment(vocab, tile, splits)
     lane = tl.arange(0, tile)
     zero = tl.zeros([tile], tl.float32)

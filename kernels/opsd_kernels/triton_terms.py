@@ -56,7 +56,7 @@ def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips
                  count: tl.constexpr):  # fmt: skip
     """The sums of Terms in csrc/row_terms.h, in that order."""
     row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
+    top, second_a, t_max, _excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
     student, teacher, c, _kl = merge_sums(parts, row, t_max, kind, splits, count)
     begin, end = segment(vocab, tile, splits)
     lane = tl.arange(0, tile)

@@ -152,6 +152,23 @@ def workspace_for(inputs, backend, rows_per_chunk):
 
 
 @every_backend
+@pytest.mark.parametrize("upstream", [True, False], ids=["upstream", "token_weights"])
+def test_a_token_of_weight_0_may_hold_anything(backend, upstream):
+    inputs = cases.mixture(torch.float32, shared=True, n=3)
+    bias = torch.zeros(cases.V)
+    teacher_bias = bias.index_fill(0, (inputs.student_hidden[:1] @ inputs.head.mT).argmax(dim=1), -torch.inf)
+    student = inputs.student_hidden.requires_grad_()
+    weights = torch.tensor([0.0, 1.0, 0.0])
+    sides = (student, Head(inputs.head, bias), inputs.teacher_hidden, Head(inputs.head, teacher_bias))
+    value = fused_token_kl(*sides, divergence="jsd", backend=backend)
+    assert value.isfinite().all()
+    value = fused_token_kl(*sides, backend=backend, token_weights=None if upstream else weights)
+    assert (value == torch.inf).any() if upstream else value.isfinite()[0]
+    torch.where(weights > 0, value, 0).sum().backward() if upstream else value[0].backward()
+    assert not student.grad[[0, 2]].any()
+
+
+@every_backend
 @frozen_or_not
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_tokens(backend, trainable, n):
@@ -285,6 +302,15 @@ class TestRefusals:
     def test_bad_divergence(self, options):
         with pytest.raises(ValueError, match="expected"):
             Divergence(**options)
+
+    @pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden"])
+    def test_hidden_states_that_are_not_finite(self, name):
+        hidden = getattr(self.inputs, name).clone()
+        hidden[3, 1], hidden[40, 0] = torch.nan, torch.inf
+        value = self.call(**{name: hidden})
+        assert value.isfinite().sum() == cases.N - 2
+        with pytest.raises(ValueError, match=f"expected finite {name}, got NaN or infinity in 2 of its rows: 3, 40"):
+            self.call(**{name: hidden}, check_finite=True)
 
     def test_missing_library(self, monkeypatch, caplog, tmp_path):
         """Named: refused with the reason. auto: torch rows, said once."""

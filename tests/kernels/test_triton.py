@@ -26,7 +26,7 @@ def test_interpreter_passes_the_same_tests():
         "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits or nothing_reaches"
     )
     autograd = "retained or double or autocast or receives or uniform or detached or token_weights or jsd or forward_kl"
-    twice = "(clipped and separate) or (excludes and clipped and delta) or test_by_products or weight_0"
+    twice = "separate or (clipped and shared) or (excludes and clipped and delta) or by_products or weight_0"
     selection = f"not ({elsewhere} or {twice}) and not (test_op and ({autograd}))"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *files],

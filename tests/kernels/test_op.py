@@ -330,9 +330,10 @@ class TestRefusals:
 
 
 @pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
-def test_limits_of_jsd():
+@pytest.mark.parametrize("backend", ["native"])  # the factor magnifies what the torch rows round, 5e-9
+def test_limits_of_jsd(backend):
     inputs = cases.mixture(torch.float32, shared=True)
     operands = (inputs.student_hidden[:30], inputs.head, inputs.teacher_hidden[:30])  # divergences below 0.1
     for beta, kind, factor in [(1e-4, "forward_kl", 1e4), (1 - 1e-4, "reverse_kl", 1e4)]:
-        jsd = fused_token_kl(*operands, divergence=Divergence("jsd", beta=beta))
-        torch.testing.assert_close(jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=2e-2, atol=2e-6)
+        jsd = fused_token_kl(*operands, divergence=Divergence("jsd", beta=beta), backend=backend)
+        torch.testing.assert_close(jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=1e-2, atol=1e-6)

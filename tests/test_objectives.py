@@ -53,6 +53,42 @@ def test_distillation_is_the_mean_per_response_then_over_responses():
     assert sums["teacher_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
 
 
+DIVERGENCES = [
+    {"divergence": "jsd", "beta": 0.2},
+    {"divergence": "jsd", "beta": 0.7, "temperature": 2.5},
+    {"divergence": "reverse_kl"},
+    {"divergence": "reverse_kl", "temperature": 0.5},
+    {"divergence": "forward_kl"},
+    {"divergence": "forward_kl", "temperature": 2.5},
+]
+
+
+@pytest.mark.parametrize("values", DIVERGENCES, ids=str)
+def test_the_loss_is_the_divergence_of_the_config(values):
+    """Value and gradient against the dense formula in fp64."""
+    torch.manual_seed(0)
+    hs, ht, w_s, w_t = torch.randn(7, 8), torch.randn(7, 6), torch.randn(11, 8), torch.randn(11, 6)
+    weights = torch.rand(7) + 0.1
+    config = ObjectiveConfig(backend="torch", **values)
+    ours = hs.clone().requires_grad_()
+    loss, sums = distill_loss(ours, w_s, ht, w_t, weights, config)
+    loss.backward()
+    theirs = hs.double().requires_grad_()
+    tau = config.temperature
+    log_p = (theirs @ w_s.T.double() / tau).log_softmax(-1)
+    log_q = (ht @ w_t.T).double().div(tau).log_softmax(-1)
+    if config.divergence == "jsd":
+        per_token = dense_jsd(theirs / tau, ht.double() / tau, w_s.double(), w_t.double(), config.beta)
+    else:
+        from_, to = (log_p, log_q) if config.divergence == "reverse_kl" else (log_q, log_p)
+        per_token = (from_.exp() * (from_ - to)).sum(-1)
+    want = (weights * per_token).sum()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert sums["divergence"].item() == pytest.approx(per_token.sum().item(), rel=1e-4)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_same_prompts_and_weights_give_zero_loss_and_zero_gradient(opened):
     with opened("prompts.privilege=none", "teacher.kind=frozen", "train.prompts_per_step=2") as run:
         rows = next(run.passes(0))

@@ -1,0 +1,234 @@
+"""The train loop, step by step: what a run leaves behind equals what its parts say it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opsd import checkpoint
+from opsd import train as loop
+from opsd.engine import response_hidden
+from opsd.evaluate import measure
+from opsd.log import RunDir
+from opsd.objectives.logprobs import token_logprobs
+from opsd.run import open_run
+from opsd.step import Group, Sums, learn, sample, teach
+from opsd.train import train
+from tests.jobs import text_job
+
+MU = 0.9
+
+
+def words_of(tmp_path, name):
+    return f"train.run_dir={tmp_path / name}"
+
+
+def checkpoints(config):
+    return sorted((config.train.run_dir / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 4 steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("flow")
+    config = text_job(folder, "checkpoint.every=1", "checkpoint.keep=9", "rollout.max_new_tokens=6")
+    train(config)
+    return config
+
+
+def test_the_ema_teacher_follows_every_update(finished):
+    """theta_T after n steps = mu^n start + (1 - mu) sum_i mu^(n - i) student_i, in each checkpoint."""
+    start = load_file(finished.model.path + "/model.safetensors")
+    want = {name: t.double() for name, t in start.items()}
+    found = checkpoints(finished)
+    assert [path.name for path in found] == [f"step-{n:06d}" for n in (1, 2, 3, 4)]
+    for path in found:
+        student = load_file(path / "model.safetensors")
+        want = {name: MU * t + (1 - MU) * student[name].double() for name, t in want.items()}
+        saved = load_file(path / "trainer.safetensors")
+        teacher = {n.removeprefix("teacher/"): t for n, t in saved.items() if n.startswith("teacher/")}
+        assert teacher.keys() == want.keys()
+        for name, tensor in teacher.items():
+            torch.testing.assert_close(tensor.double(), want[name], rtol=1e-6, atol=1e-7)
+    assert max((want[n] - start[n]).abs().max().item() for n in want) > 1e-4, "the student moved"
+
+
+def test_last_is_the_newest_checkpoint(finished):
+    last = finished.train.run_dir / "checkpoints" / "last"
+    assert last.resolve() == checkpoints(finished)[-1].resolve()
+    assert checkpoint.newest(last.parent).path.name == last.resolve().name
+
+
+def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path):
+    """Divergence and entropies per token, accuracy and the like per response: recomputed densely in fp64."""
+    config = text_job(tmp_path, "rollout.max_new_tokens=6")
+    tokens, totals = 0, dict.fromkeys(("divergence", "student_entropy", "teacher_entropy"), 0.0)
+    loss, truncated = 0.0, 0
+    with open_run(config) as run, torch.no_grad():
+        for rows in run.passes(0):
+            group = sample(run, rows, 0)
+            prompts = [run.prompts.teacher(example) for example in group.examples]
+            log_p, log_q = (
+                (response_hidden(run.model, views, group.responses) @ run.model.head.T).double().log_softmax(-1)
+                for views in (group.prompts, prompts)
+            )
+            p, q = log_p.exp(), log_q.exp()
+            log_m = ((p + q) / 2).log()
+            divergence = ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
+            totals["divergence"] += divergence.sum().item()
+            totals["student_entropy"] -= (p * log_p).sum().item()
+            totals["teacher_entropy"] -= (q * log_q).sum().item()
+            loss += sum(part.mean().item() for part in divergence.split(group.responses.lengths)) / 12
+            tokens += sum(group.responses.lengths)
+            ends = zip(group.responses.tokens, group.responses.lengths, strict=True)
+            truncated += sum(row[length - 1].item() not in run.model.end_ids for row, length in ends)
+    record = RunDir(finished.train.run_dir).read("metrics")[0]
+    assert tokens > 12, "a response of one token each would not tell tokens from responses"
+    assert {name: record[name] for name in totals} == pytest.approx(
+        {n: v / tokens for n, v in totals.items()}, rel=1e-4
+    )
+    assert record["loss"] == pytest.approx(loss, rel=1e-4)
+    assert record["response_length"] == tokens / 12 and record["truncated"] == truncated / 12
+
+
+def test_two_steps_sample_different_responses_for_the_same_row(tmp_path):
+    with open_run(text_job(tmp_path)) as run:
+        rows = next(run.passes(0))
+        first, again, other = (sample(run, rows, step) for step in (0, 0, 1))
+    assert first.responses.packed_tokens.tolist() == again.responses.packed_tokens.tolist()
+    assert first.responses.packed_tokens.tolist() != other.responses.packed_tokens.tolist()
+
+
+def test_rows_of_a_step_sample_from_streams_of_their_own(tmp_path):
+    with open_run(text_job(tmp_path)) as run:
+        (_, example), _ = next(run.passes(0))
+        a, b = sample(run, [(0, example)], 0), sample(run, [(1, example)], 0)
+    assert a.responses.packed_tokens.tolist() != b.responses.packed_tokens.tolist()
+
+
+def reward_step(run, texts):
+    """Loss and gradients of one pass of two prompts whose three responses read as given."""
+    group = sample(run, next(run.passes(0)), 0)
+    group = Group(group.examples, group.prompts, group.responses, texts(group))
+    loss = learn(run, group, teach(run, group), Sums())
+    run.model.module.zero_grad()
+    loss.backward()
+    return group, loss.item(), {name: p.grad.clone() for name, p in run.model.trainable().items()}
+
+
+def test_reward_alone_learns_nothing_from_a_group_whose_rewards_are_equal(tmp_path):
+    good = "<think> low </think> <answer> {} </answer>"
+    with open_run(text_job(tmp_path, "objective.kind=reward")) as run:
+        _, loss, grads = reward_step(run, lambda g: [good.format(e.label) for e in g.examples for _ in range(3)])
+    assert loss == 0.0 and max(grad.abs().max().item() for grad in grads.values()) == 0.0
+
+
+def test_reward_alone_uses_normalised_advantages(tmp_path):
+    good = "<think> low </think> <answer> {} </answer>"
+    with open_run(text_job(tmp_path, "objective.kind=reward")) as run:
+        texts = lambda g: [t for e in g.examples for t in (good.format(e.label), "", "")]  # noqa: E731
+        group, loss, grads = reward_step(run, texts)
+        with torch.no_grad():
+            hidden = response_hidden(run.model, group.prompts, group.responses)
+            logprobs = token_logprobs(hidden, run.model.head, group.responses.packed_tokens)
+        means = torch.stack([part.mean() for part in logprobs.split(group.responses.lengths)])
+    # rewards 2, 0, 0: mean 2/3, deviation sqrt(8)/3
+    advantages = torch.tensor([2**0.5, -(0.5**0.5), -(0.5**0.5)]).repeat(2)
+    assert loss == pytest.approx(-(advantages * means).sum().item() / 12, rel=1e-3)
+    assert max(grad.abs().max().item() for grad in grads.values()) > 0
+
+
+def test_only_the_students_pass_has_dropout(tmp_path, monkeypatch):
+    """`train` runs its passes in the order rollout, teacher, student; dropout is on in the last of them alone."""
+    seen, now = {}, [None]
+
+    def spied(name):
+        step = getattr(loop, name)
+
+        def call(run, *args):
+            now[0] = name
+            if not hasattr(run, "spied"):
+                run.spied = run.model.module.get_base_model().get_decoder().layers[0].self_attn.q_proj
+                dropout = run.spied.lora_dropout["default"]
+                dropout.register_forward_hook(lambda m, *_: seen.setdefault(now[0], set()).add(m.training))
+                watch = run.model.module.register_forward_pre_hook
+                watch(lambda m, _: seen.setdefault(f"{now[0]} model", set()).add(m.training))
+            try:
+                return step(run, *args)
+            finally:
+                now[0] = None
+
+        monkeypatch.setattr(loop, name, call)
+
+    for name in ("sample", "teach", "learn"):
+        spied(name)
+    words = ["model.adapter=lora", "model.lora_dropout=0.5", "train.steps=2", "evaluate.teacher=false"]
+    train(text_job(tmp_path, *words, "teacher.kind=live"))
+    assert seen.pop(None, {False}) == {False} and seen.pop("None model", {False}) == {False}, "evaluation"
+    want = {"sample": {False}, "teach": {False}, "learn": {True}}
+    assert seen == {**want, **{f"{name} model": on for name, on in want.items()}}
+
+
+def test_dropout_moves_the_students_loss_and_nothing_else(tmp_path):
+    records = []
+    for rate in ("0.0", "0.9"):
+        config = text_job(
+            tmp_path, "model.adapter=lora", f"model.lora_dropout={rate}", words_of(tmp_path, f"run-{rate}")
+        )
+        with open_run(config) as run:
+            with torch.no_grad():
+                for name, p in run.model.trainable().items():
+                    if ".lora_B." in name:  # an adapter that does something
+                        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            rows = next(run.passes(0))
+            group = sample(run, rows, 0)
+            hidden, _ = teach(run, group)
+            torch.manual_seed(0)
+            records.append((group.responses.packed_tokens, hidden, learn(run, group, (hidden, None), Sums()).item()))
+    (tokens, hidden, loss), (tokens_dropped, hidden_dropped, loss_dropped) = records
+    assert torch.equal(tokens, tokens_dropped) and torch.equal(hidden, hidden_dropped)
+    assert abs(loss - loss_dropped) > 1e-3
+
+
+def test_the_teachers_view_is_measured_with_the_teachers_weights(tmp_path, monkeypatch):
+    """A frozen teacher answers as at the start whatever became of the student."""
+    asked = []
+    monkeypatch.setattr("opsd.evaluate.accuracy", lambda text, label: asked.append(text) or 0.0)
+    with open_run(text_job(tmp_path, "teacher.kind=frozen")) as run:
+        rounds = []
+        for step in (0, 1):
+            asked.clear()
+            measure(run, step)
+            rounds.append(tuple(asked))
+            with torch.no_grad():
+                for p in run.model.trainable().values():
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        records = run.directory.read("evaluations")
+    assert [(r["step"], r["view"]) for r in records] == [(s, v) for s in (0, 1) for v in ("student", "teacher")]
+    start, disturbed = rounds
+    half = len(start) // 2
+    assert start[half:] == disturbed[half:], "the teacher's view"
+    assert start[:half] != disturbed[:half], "the student's view"
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
+    config = text_job(tmp_path, "evaluate.every=1", "log.samples_every=1")
+    calls = []
+
+    def killed(run, step):
+        calls.append(step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    directory = RunDir(config.train.run_dir)
+    assert calls == [2] and [r["step"] for r in directory.read("metrics")] == [1, 2]
+    assert len(directory.read("evaluations")) == 6
+    train(config, resume=True)
+    assert [r["step"] for r in directory.read("metrics")] == [1, 2, 3, 4]
+    views = [(r["step"], r["view"]) for r in directory.read("evaluations")]
+    assert views == [(step, view) for step in range(5) for view in ("student", "teacher")]
+    assert len({str(r) for r in directory.read("samples")}) <= len(directory.read("samples")) == 16

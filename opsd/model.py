@@ -193,7 +193,7 @@ def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def _is_under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
+    return name == prefix or name.startswith(prefix.rstrip(".") + ".")
 
 
 def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from opsd.evaluate import measure
 from opsd.log import RunDir
 from opsd.objectives.logprobs import token_logprobs
 from opsd.run import open_run
-from opsd.step import Group, Sums, learn, sample, teach
+from opsd.step import Sums, learn, sample, teach
 from opsd.train import train
 from tests.jobs import text_job
 
@@ -110,7 +112,7 @@ def test_rows_of_a_step_sample_from_streams_of_their_own(tmp_path):
 def reward_step(run, texts):
     """Loss and gradients of one pass of two prompts whose three responses read as given."""
     group = sample(run, next(run.passes(0)), 0)
-    group = Group(group.examples, group.prompts, group.responses, texts(group))
+    group = replace(group, texts=texts(group))
     loss = learn(run, group, teach(run, group), Sums())
     run.model.module.zero_grad()
     loss.backward()

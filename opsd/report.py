@@ -63,7 +63,8 @@ def _plot(evaluations: list[dict[str, Any]], metrics: list[dict[str, Any]], path
     values = [r["accuracy"] for _, r in rows]
     errors = [[r["accuracy"] - r["low"] for _, r in rows], [r["high"] - r["accuracy"] for _, r in rows]]
     colours = ["tab:blue" if name.startswith("student") else "tab:orange" for name, _ in rows]
-    bars.bar([name.replace(", ", "\n") for name, _ in rows], values, yerr=errors, color=colours, capsize=3)
+    labels = [name.replace(" with", "\nwith").replace(", ", "\n") for name, _ in rows]
+    bars.bar(labels, values, yerr=errors, color=colours, capsize=3)
     bars.set(ylim=(0, 1), ylabel="accuracy on held-out rows")
     bars.tick_params(axis="x", labelsize=7)
     for place, value in enumerate(values):
@@ -78,7 +79,7 @@ def _plot(evaluations: list[dict[str, Any]], metrics: list[dict[str, Any]], path
     other.plot(steps, _smooth([m[name] for m in metrics]), color="tab:red", label=f"{name} per token")
     other.set_ylim(bottom=0)
     lines = [*curves.get_lines(), *other.get_lines()]
-    curves.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize=8)
+    curves.legend(lines, [str(line.get_label()) for line in lines], loc="center right", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -102,7 +102,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
     Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens).
-    Speeds are response tokens per second of a phase. This is the one place where the host waits for the device.
+    Speeds are response tokens per second of a phase. Beside the rollout, whose texts are read on the host, this is
+    where the host waits for the device.
     """
     config = run.config.log
     if config.samples_every and (step % config.samples_every == 0 or step == 1):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,11 +18,13 @@ def check_operands(
     tokens: Tensor | None,
 ) -> None:
     device = student_hidden.device
-    _check_matrix("student_hidden", student_hidden, device)
-    _check_head("head", head, device)
-    _check_matrix("teacher_hidden", teacher_hidden, device)
+    _check_matrix("student_hidden", student_hidden)
+    _check_head("head", head)
+    _check_device("head", head.weight, student_hidden=device)
+    _check_matrix("teacher_hidden", teacher_hidden)
     effective = "head" if teacher_head is head else "teacher_head"
-    _check_head(effective, teacher_head, device)
+    _check_head(effective, teacher_head)
+    _check_device("teacher_hidden", teacher_hidden, student_hidden=device, teacher_head=teacher_head.weight.device)
     _check_pair("student_hidden", student_hidden, "head", head.weight)
     _check_pair("teacher_hidden", teacher_hidden, effective, teacher_head.weight)
     n = student_hidden.shape[0]
@@ -29,37 +32,70 @@ def check_operands(
         raise ValueError(
             f"expected one teacher_hidden row per student_hidden row, got {teacher_hidden.shape[0]} and {n}"
         )
-    vocab, found = head.view().weight.shape[0], teacher_head.view().weight.shape[0]
-    if found != vocab:
-        raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {found}")
+    _check_vocabularies(head.view(), teacher_head.view())
     if token_weights is not None:
         _check_weights(token_weights, student_hidden)
     if tokens is not None:
         _check_tokens(tokens, student_hidden)
 
 
-def _check_head(name: str, head: Head, device: torch.device) -> None:
-    _check_matrix(name, head.weight, device)
-    vocab = head.weight.shape[0]
+def check_support(divergence: Divergence, head: Head) -> None:
+    support, vocab = divergence.support, head.view().weight.shape[0]
+    if support is not None and head.shard is not None:
+        raise ValueError(f"expected a divergence over the whole vocabulary for a head in slices, got {support}")
+    if support is not None and support.k > vocab:
+        raise ValueError(f"expected k of {support} within the vocabulary, {vocab}, got {support.k}")
+
+
+def _check_head(name: str, head: Head) -> None:
+    _check_matrix(name, head.weight)
+    rows, device = head.weight.shape[0], head.weight.device
     if head.weight.numel() == 0:
         raise ValueError(f"expected a head with at least one row and column, got {tuple(head.weight.shape)}")
+    vocab = rows
+    if head.shard is not None:
+        shard = head.shard.with_sizes(rows)
+        vocab = sum(shard.known_sizes)
+        if shard.rows != rows:
+            raise ValueError(f"expected {shard.rows} rows of {name} on this rank, as in {shard.sizes}, got {rows}")
     if head.valid_vocab is not None and not 0 < head.valid_vocab <= vocab:
         raise ValueError(f"expected 0 < valid_vocab <= {vocab}, the rows of {name}, got {head.valid_vocab}")
     bias = head.bias
-    if bias is not None and (tuple(bias.shape) != (vocab,) or bias.dtype not in DTYPES or bias.device != device):
+    if bias is not None and (tuple(bias.shape) != (rows,) or bias.dtype not in DTYPES or bias.device != device):
         raise ValueError(
-            f"expected the bias of {name} of shape ({vocab},), floating-point and on {device}, "
+            f"expected the bias of {name} of shape ({rows},), floating-point and on {device}, "
             f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
         )
 
 
-def _check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
+def _check_vocabularies(head: Head, teacher_head: Head) -> None:
+    vocab, found = head.weight.shape[0], teacher_head.weight.shape[0]
+    if teacher_head.shard != head.shard:
+        raise ValueError(f"expected teacher_head in the slices of head, {head.shard}, got {teacher_head.shard}")
+    if found != vocab:
+        raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {found}")
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
+        _check_gathered(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"expected {name} with 2 dimensions, got shape {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"expected {name} in float32, float16 or bfloat16, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"expected {name} on the device of student_hidden, {device}, got {tensor.device}")
+
+
+def _check_gathered(name: str, tensor: Tensor) -> None:
+    """A DTensor, or a parameter that DeepSpeed has partitioned."""
+    if hasattr(tensor, "full_tensor") or tensor.numel() == 0:
+        raise ValueError(f"expected {name} as a whole tensor (gather.full_head makes it one), got a shard of it")
+
+
+def _check_device(name: str, tensor: Tensor, **places: torch.device) -> None:
+    if tensor.device not in places.values():
+        devices = dict.fromkeys(str(place) for place in places.values())
+        expected = f"{' or '.join(places)}, {' or '.join(devices)}"
+        raise ValueError(f"expected {name} on the device of {expected}, got {tensor.device}")
 
 
 def _check_pair(hidden_name: str, hidden: Tensor, head_name: str, head: Tensor) -> None:
@@ -75,8 +111,8 @@ def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
     n = student_hidden.shape[0]
     if tuple(weights.shape) != (n,):
         raise ValueError(f"expected token_weights of shape ({n},), got {tuple(weights.shape)}")
-    if not weights.is_floating_point():
-        raise ValueError(f"expected floating-point token_weights, got {weights.dtype}")
+    if not weights.is_floating_point() and weights.dtype != torch.bool:
+        raise ValueError(f"expected floating-point token_weights or a bool mask, got {weights.dtype}")
     if weights.device != student_hidden.device:
         raise ValueError(f"expected token_weights on {student_hidden.device}, got {weights.device}")
     if weights.requires_grad:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import is_uniform, targets, times, zeros
-from opsd_kernels.divergence import Divergence
-from opsd_kernels.heads import Head
-from opsd_kernels.rows import RESULTS, select_rows
+from opsd_kernels.divergence import SIDES, Divergence, TopK
+from opsd_kernels.heads import Head, VocabShard
+from opsd_kernels.rows import APPROXIMATED, RESULTS, row_kernel
 from opsd_kernels.sweep import Operands, sweep
 
 
@@ -22,8 +22,9 @@ class Settings(NamedTuple):
 
     kind: str
     backend: str
+    group: str  # name of the process group that holds the vocabulary in slices; "": none
     numbers: list[float]  # beta, temperature, the teacher's, clip, scale, softcap, the teacher's two, workspace_mib
-    vocabs: list[int]  # valid rows of both heads
+    counts: list[int]  # valid rows of both heads; k (0: no support), tail, side of TopK; rows of every slice
 
     @classmethod
     def of(cls, divergence: Divergence, head: Head, teacher: Head, backend: str, workspace_mib: float) -> "Settings":
@@ -31,8 +32,38 @@ class Settings(NamedTuple):
         numbers = [divergence.beta, *divergence.temperatures, clip]
         for side in (head, teacher):
             numbers += [side.scale, math.inf if side.softcap is None else side.softcap]
-        vocabs = [x.weight.shape[0] if x.valid_vocab is None else x.valid_vocab for x in (head, teacher)]
-        return cls(divergence.kind, backend, [float(x) for x in (*numbers, workspace_mib)], vocabs)
+        support, shard = divergence.support, head.view().shard
+        counts = [x.view().weight.shape[0] for x in (head, teacher)]
+        counts += [0, 0, 0] if support is None else [support.k, int(support.tail), SIDES.index(support.of)]
+        group = "" if shard is None else shard.group.group_name
+        counts += [] if shard is None else shard.known_sizes
+        return cls(divergence.kind, backend, group, [float(x) for x in (*numbers, workspace_mib)], counts)
+
+    @property
+    def divergence(self) -> Divergence:
+        beta, temperature, teacher_temperature, clip = self.numbers[:4]
+        k, tail, side = self.counts[2:5]
+        support = TopK(k, bool(tail), SIDES[side]) if k else None
+        return Divergence(self.kind, beta, temperature, teacher_temperature, _optional(clip), support)
+
+    @property
+    def shard(self) -> VocabShard | None:
+        if not self.group:
+            return None
+        # what torch's own operators on groups are given, and how they find them
+        group = torch._C._distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+        return VocabShard(group, tuple(self.counts[5:]))
+
+    def head(self, side: int, weight: Tensor, bias: Tensor | None) -> Head:
+        """Without padding."""
+        scale, softcap = self.numbers[4 + 2 * side : 6 + 2 * side]
+        rows = self.counts[side]
+        bias = None if bias is None else bias.detach()[:rows]
+        return Head(weight.detach()[:rows], bias, scale, _optional(softcap), shard=self.shard)
+
+
+def _optional(x: float) -> float | None:
+    return None if x == math.inf else x
 
 
 class Sides(NamedTuple):
@@ -71,19 +102,17 @@ def _own(head: Head) -> tuple[Tensor, Tensor | None]:
 
 
 def _operands(sides: Sides, settings: Settings) -> Operands:
-    beta, temperature, teacher_temperature, clip, scale, cap, teacher_scale, teacher_cap, mib = settings.numbers
-    optional = [None if x == math.inf else x for x in (clip, cap, teacher_cap)]
-    student = Head(sides.weight, sides.bias, scale, optional[1], settings.vocabs[0])
-    teacher = student
+    student = teacher = settings.head(0, sides.weight, sides.bias)
     if sides.teacher_weight is not None:
-        teacher = Head(sides.teacher_weight, sides.teacher_bias, teacher_scale, optional[2], settings.vocabs[1])
+        teacher = settings.head(1, sides.teacher_weight, sides.teacher_bias)
+    device, divergence, mib = sides.student_hidden.device, settings.divergence, settings.numbers[8]
     return Operands(
         student_hidden=sides.student_hidden.detach(),
-        head=student.view(),
+        head=student,
         teacher_hidden=sides.teacher_hidden,
-        teacher_head=teacher.view(),
-        divergence=Divergence(settings.kind, beta, temperature, teacher_temperature, optional[0]),
-        rows=select_rows(settings.backend, sides.student_hidden.device),
+        teacher_head=teacher,
+        divergence=divergence,
+        rows=row_kernel(settings.backend, device, divergence, student.shard, mib),
         workspace_mib=mib,
         tokens=None if sides.tokens is None else sides.tokens.contiguous(),
     )
@@ -102,11 +131,12 @@ def _forward(
     wanted: list[bool],
     kind: str,
     backend: str,
+    group: str,
     numbers: list[float],
-    vocabs: list[int],
+    counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # value, all results, and gradients, empty where not wanted
     sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
-    ops = _operands(sides, Settings(kind, backend, numbers, vocabs))
+    ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
     grads = [torch.empty_like(student_hidden) if wanted[0] else None]
     grads += [zeros(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)]
     with torch.autocast(student_hidden.device.type, enabled=False):
@@ -119,11 +149,12 @@ def _forward(
 @_forward.register_fake
 def _(student_hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     wanted: list[bool] = rest[5]
+    results = RESULTS + APPROXIMATED if rest[10][2] else RESULTS
     n = student_hidden.shape[0]
     grads = [torch.empty_like(student_hidden) if wanted[0] else student_hidden.new_empty(0)]
     for x, want in zip((weight, bias), wanted[1:], strict=True):
         grads.append(zeros(x) if want and x is not None else student_hidden.new_empty(0))
-    table = student_hidden.new_empty((len(RESULTS), n), dtype=torch.float32)
+    table = student_hidden.new_empty((len(results), n), dtype=torch.float32)
     return torch.empty_like(table[0]), table, *grads
 
 
@@ -144,8 +175,9 @@ def _backward(
     wanted: list[bool],
     kind: str,
     backend: str,
+    group: str,
     numbers: list[float],
-    vocabs: list[int],
+    counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = times(upstream[:, None], hidden_grad).to(hidden_grad.dtype) if wanted[0] else hidden_grad.clone()
     pairs = [(weight_grad, weight, wanted[1]), (bias_grad, weight if bias is None else bias, wanted[2])]
@@ -155,7 +187,7 @@ def _backward(
             total = [kept * upstream[0] if want else None for kept, _, want in pairs]
         else:
             sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
-            ops = _operands(sides, Settings(kind, backend, numbers, vocabs))
+            ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
             arriving = upstream.float() if weights is None else upstream.float() * weights
             total = [zeros(like) if want else None for _, like, want in pairs]
             with torch.autocast(student_hidden.device.type, enabled=False):
@@ -187,7 +219,7 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | Non
     grads = _backward(upstream, *ctx.saved_tensors, *ctx.rest)
     wanted = ctx.rest[0]
     kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return *kept, *[None] * 10
+    return *kept, *[None] * 11
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)

@@ -14,6 +14,16 @@ forward_kl  p_v sum_u m_u q_u - m_v q_v                    = p_v - m_v q_v - p_v
 jsd         (1-b) p_v (m_v ln(p_v/M_v) - sum_u m_u p_u ln(p_u/M_u))
 
 The KLs have negative terms, so their clipped value may be negative; the terms of jsd are not (log-sum inequality).
+
+A support is an approximation, asked for by name: the sums above run over the k most likely tokens S of one side only,
+chosen per token and held fixed for the gradient, which is exact for this definition.
+
+TopK(k)              outcomes                                        p and q of them
+tail=True            the tokens of S, and "any other" as one more    p_v on S, 1 - sum_S p
+tail=False           the tokens of S                                 p_v / sum_S p: renormalised
+
+With a tail (and no clip) the value is a lower bound of the full one, whichever side chooses: merging outcomes cannot
+tell p and q further apart (data processing inequality). Renormalised it is no bound in either direction.
 """
 
 import difflib
@@ -21,6 +31,26 @@ import math
 from dataclasses import dataclass
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
+SIDES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most likely tokens of one side, "student" or "teacher", with or without a bucket for all others.
+
+    TokenStats then tells what is left out: both sides' mass beyond the k tokens, and the full divergence.
+    Raises ValueError for k below 1 or another side.
+    """
+
+    k: int
+    tail: bool = True
+    of: str = "student"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"expected a whole k >= 1 of TopK, got {self.k!r}")
+        if self.of not in SIDES:
+            raise ValueError(f"expected TopK of {' or '.join(SIDES)}, got {self.of!r}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +61,9 @@ class Divergence:
     are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits, or the
     student's where teacher_temperature is given.
     clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
-    Raises ValueError for an unknown kind, beta outside (0, 1), a temperature or clip that is not positive and finite.
+    support: None, the whole vocabulary, or the TopK that approximates it.
+    Raises ValueError for an unknown kind, beta outside (0, 1), a temperature or clip that is not positive and finite,
+    a support of another type.
     """
 
     kind: str = "reverse_kl"
@@ -39,6 +71,7 @@ class Divergence:
     temperature: float = 1.0
     teacher_temperature: float | None = None
     clip: float | None = None
+    support: TopK | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,6 +88,8 @@ class Divergence:
                 raise ValueError(f"expected a positive, finite {name}, got {value}")
         if self.clip is not None and not 0.0 < self.clip < math.inf:
             raise ValueError(f"expected a positive, finite clip or None, got {self.clip}")
+        if self.support is not None and not isinstance(self.support, TopK):
+            raise ValueError(f"expected support as a TopK or None, got {self.support!r}")
 
     @property
     def temperatures(self) -> tuple[float, float]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import TokenKL
-from opsd_kernels.checks import check_finite_rows, check_operands
+from opsd_kernels.checks import check_finite_rows, check_operands, check_support
 from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
-from opsd_kernels.rows import RowOutputs, select_rows
+from opsd_kernels.rows import RowOutputs, row_kernel
 from opsd_kernels.stats import TokenStats
 from opsd_kernels.sweep import Operands
 
@@ -111,6 +111,7 @@ def fused_token_kl(
     divergence = Divergence.of(divergence)
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
+    check_support(divergence, student)
     if check_finite:
         check_finite_rows(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     weights = None if token_weights is None else token_weights.detach().float().contiguous()
@@ -118,13 +119,14 @@ def fused_token_kl(
         settings = Settings.of(divergence, student, teacher, backend, workspace_mib)
         value, table = token_kl(student_hidden, student, teacher_hidden, teacher, weights, tokens, settings)
         return (value, TokenStats.of(RowOutputs(table), tokens is not None)) if return_stats else value
+    view = student.view()
     ops = Operands(
         student_hidden=student_hidden,
-        head=student.view(),
+        head=view,
         teacher_hidden=teacher_hidden.detach(),
         teacher_head=teacher.view(),
         divergence=divergence,
-        rows=select_rows(backend, student_hidden.device),
+        rows=row_kernel(backend, student_hidden.device, divergence, view.shard, workspace_mib),
         workspace_mib=workspace_mib,
         tokens=None if tokens is None else tokens.contiguous(),
     )

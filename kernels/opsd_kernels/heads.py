@@ -4,14 +4,62 @@
 
 Without a softcap the scale is a temperature and costs nothing. A softcap takes one pass over the logits, and one more
 row of them in the workspace for its derivative 1 - (z / c)^2.
+
+A head in slices (vocabulary parallel, as Megatron shards its output layer): rank r of a group holds rows
+[offset_r, offset_r + sizes_r) of it, and every rank has the same hidden states, targets and upstream gradients.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import gemm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Weight and bias are this rank's rows of a head that the ranks of `group` hold together, in order of rank.
+
+    sizes: rows of every rank, padding included; None: as many on every rank as on this one.
+    Raises ValueError where sizes are not one positive number per rank.
+    """
+
+    group: ProcessGroup
+    sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        ranks = self.group.size()
+        if self.sizes is not None and (len(self.sizes) != ranks or min(self.sizes) < 1):
+            raise ValueError(f"expected {ranks} positive sizes, one per rank of the group, got {self.sizes}")
+
+    def with_sizes(self, rows: int, valid_vocab: int | None = None) -> VocabShard:
+        """With sizes, given this rank's rows, and without those from valid_vocab on."""
+        sizes = (rows,) * self.group.size() if self.sizes is None else self.sizes
+        starts = itertools.accumulate(sizes, initial=0)
+        valid = sum(sizes) if valid_vocab is None else valid_vocab
+        return replace(self, sizes=tuple(min(size, valid - start) for start, size in zip(starts, sizes, strict=False)))
+
+    @property
+    def start(self) -> int:
+        """The first of this rank's rows."""
+        return sum(self.known_sizes[: self.group.rank()])
+
+    @property
+    def rows(self) -> int:
+        return self.known_sizes[self.group.rank()]
+
+    @property
+    def known_sizes(self) -> tuple[int, ...]:
+        assert self.sizes is not None, "of() makes them known"
+        return self.sizes
 
 
 @dataclass(frozen=True)
@@ -19,6 +67,7 @@ class Head:
     """weight (V, D), bias (V,); scale multiplies logits, softcap c bounds them, rows from valid_vocab on are padding.
 
     Padding has no logits, no probability and a zero gradient; it is skipped by a view, the head is not copied.
+    shard: weight and bias are a slice of them; valid_vocab counts rows of the whole.
     Raises ValueError for a scale or softcap that is not positive.
     """
 
@@ -27,6 +76,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     valid_vocab: int | None = None
+    shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.scale < float("inf"):
@@ -35,25 +85,33 @@ class Head:
             raise ValueError(f"expected a positive, finite softcap or None, got {self.softcap}")
 
     @classmethod
-    def of(cls, head: "Head | Tensor") -> "Head":
+    def of(cls, head: Head | Tensor) -> Head:
         if isinstance(head, cls):
             return head
         if isinstance(head, Tensor):
             return cls(head)
         raise ValueError(f"expected a head as a tensor or a Head, got {type(head).__name__}")
 
-    def view(self) -> "Head":
+    def view(self) -> Head:
         """Without padding and without a graph; the memory is the same."""
-        weight = self.weight.detach()[: self.valid_vocab]
-        bias = None if self.bias is None else self.bias.detach()[: self.valid_vocab]
-        return Head(weight, bias, self.scale, self.softcap)
+        rows, shard = self.valid_vocab, self.shard
+        if shard is not None:
+            shard = shard.with_sizes(self.weight.shape[0], self.valid_vocab)
+            rows = shard.rows
+        bias = None if self.bias is None else self.bias.detach()[:rows]
+        return Head(self.weight.detach()[:rows], bias, self.scale, self.softcap, shard=shard)
+
+    @property
+    def largest_slice(self) -> int:
+        """Rows of a view, or the most that any rank has: what all ranks plan their chunks with."""
+        return self.weight.shape[0] if self.shard is None else max(self.shard.known_sizes)
 
     @property
     def factor(self) -> float:
         """What is left of the scale for the temperature."""
         return self.scale if self.softcap is None else 1.0
 
-    def equals(self, other: "Head") -> bool:
+    def equals(self, other: Head) -> bool:
         """The same function of a hidden state, in the same memory."""
         same = (self.scale, self.softcap) == (other.scale, other.softcap)
         return same and _is_same(self.weight, other.weight) and _is_same(self.bias, other.bias)
@@ -70,8 +128,8 @@ class Head:
 
     def scratch_elements(self, budget: int) -> int:
         """fp32 elements of the widened block: none, all of it, or what the budget holds (one row at least)."""
-        weight = self.weight
-        return max(weight.shape[1], min(weight.numel(), budget)) if gemm.needs_widening(weight) else 0
+        width = self.weight.shape[1]
+        return max(width, min(self.largest_slice * width, budget)) if gemm.needs_widening(self.weight) else 0
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -1,11 +1,12 @@
 """The definition, dense and in the dtype of its inputs: the truth of tests (in fp64) and the eager peer of benches."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opsd_kernels.divergence import Divergence
+from opsd_kernels.divergence import Divergence, TopK
 from opsd_kernels.heads import Head
 
 NOTHING = -1e4  # its exponential is 0 in every dtype, and 0 times it is 0, not NaN
@@ -18,12 +19,27 @@ def token_divergence(
 ) -> Tensor:  # (N,)
     """Per-token divergence of divergence.py, from log_softmax. A logit of -inf counts as NOTHING."""
     log_p, log_q = _log_probs(z_s, z_t, divergence)
+    log_p, log_q = _supported(log_p, log_q, divergence.support)
     return _clipped(_terms(log_p, log_q, divergence), divergence).sum(dim=-1)
 
 
 def _log_probs(z_s: Tensor, z_t: Tensor, divergence: Divergence) -> list[Tensor]:
     sides = zip((z_s, z_t), divergence.temperatures, strict=True)
     return [torch.log_softmax(z.clamp_min(NOTHING) / temperature, dim=-1) for z, temperature in sides]
+
+
+def _supported(log_p: Tensor, log_q: Tensor, support: TopK | None) -> tuple[Tensor, Tensor]:  # (N, V) each
+    """Log-probabilities of the outcomes that are compared."""
+    if support is None:
+        return log_p, log_q
+    kept = (log_p if support.of == "student" else log_q).topk(support.k, dim=-1).indices
+    inside = [x.gather(1, kept) for x in (log_p, log_q)]
+    if not support.tail:
+        p, q = (x.log_softmax(dim=-1) for x in inside)
+        return p, q
+    outside = [x.scatter(1, kept, NOTHING).logsumexp(dim=-1, keepdim=True) for x in (log_p, log_q)]
+    p, q = (torch.cat(parts, dim=-1) for parts in zip(inside, outside, strict=True))
+    return p, q
 
 
 def _terms(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:  # (N, V) each
@@ -79,6 +95,12 @@ def by_products(
         results[f"{side}_entropy"] = -(log.exp() * log).sum(dim=-1)
         results[f"{side}_lse"] = (z.detach() / temperature).logsumexp(dim=-1)
         results[f"{side}_logprob"] = log.gather(1, tokens[:, None])[:, 0]
+    if divergence.support is not None:
+        results["full_divergence"] = token_divergence(z_s, z_t, replace(divergence, support=None))
+        with_tail = replace(divergence.support, tail=True)
+        for side, log in zip(("student", "teacher"), _supported(log_p, log_q, with_tail), strict=True):
+            results[f"{side}_tail_mass"] = log[:, -1].exp()
+        log_p, log_q = _supported(log_p, log_q, divergence.support)
     terms = _terms(log_p, log_q, divergence)
     clipped = terms > _clipped(terms, divergence)
     results["clip_fraction"] = torch.where(clipped, log_p.exp(), 0.0).sum(dim=-1)

@@ -8,26 +8,35 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import Divergence
+from opsd_kernels.heads import VocabShard
 
 BACKENDS = ("auto", "triton", "native", "torch")
 _log = logging.getLogger("opsd_kernels")
 _announced: set[str] = set()
 
-
 RESULTS = (
     *("value", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "top1_agreement"),
     *("student_logprob", "teacher_logprob", "clip_fraction"),
 )
+APPROXIMATED = ("full_divergence", "student_tail_mass", "teacher_tail_mass")  # with a support only
+
+
+def results_of(divergence: Divergence) -> tuple[str, ...]:
+    return RESULTS if divergence.support is None else RESULTS + APPROXIMATED
 
 
 @dataclass(frozen=True)
 class RowOutputs:
-    """Per-token results: `table` (len(RESULTS), n) fp32 holds one of them per row, out["value"] is (n,)."""
+    """Per-token results: `table` (results, n) fp32 holds one of results_of per row, out["value"] is (n,)."""
 
     table: Tensor
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (RESULTS + APPROXIMATED)[: self.table.shape[0]]
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.table[RESULTS.index(name)]
+        return self.table[self.names.index(name)]
 
     def rows(self, s: slice) -> "RowOutputs":
         return RowOutputs(self.table[:, s])
@@ -49,6 +58,27 @@ class RowKernel(Protocol):
         out: RowOutputs,
         tokens: Tensor | None,
     ) -> None: ...
+
+
+def row_kernel(
+    backend: str, device: torch.device, divergence: Divergence, shard: VocabShard | None, workspace_mib: float
+) -> RowKernel:
+    """What runs on the rows of a call: the row kernel of the backend, or what a support or a group puts around it.
+
+    Raises ValueError as select_rows does, and for a named backend that cannot reduce over a group.
+    """
+    if shard is None and divergence.support is None:
+        return select_rows(backend, device)
+    from opsd_kernels.rows_parallel import ParallelRows
+    from opsd_kernels.rows_topk import TopKRows
+    from opsd_kernels.rows_torch import slab_elements
+
+    elements = slab_elements(workspace_mib)
+    if shard is None:
+        return TopKRows(select_rows(backend, device), elements)
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"expected backend auto or torch for a vocabulary in slices, got {backend!r}")
+    return ParallelRows(shard, elements)
 
 
 def select_rows(backend: str, device: torch.device) -> RowKernel:

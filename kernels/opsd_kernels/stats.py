@@ -18,6 +18,10 @@ class TokenStats(NamedTuple):
     clip_fraction                       the student's probability mass on clipped vocabulary entries; 0 without a clip
     student_logprob, teacher_logprob    ln p, ln q of the sampled token; None without `tokens`. A negative token (an
                                         ignore index) gives 0, one beyond the vocabulary NaN
+    full_divergence                     the divergence of the whole vocabulary, which the support approximates
+    student_tail_mass, teacher_tail_mass    sum of p, of q, beyond the k tokens; all three None without a support
+
+    Under a support everything is still of the whole vocabulary, but for clip_fraction: its outcomes are those compared.
     """
 
     student_entropy: Tensor
@@ -28,7 +32,11 @@ class TokenStats(NamedTuple):
     clip_fraction: Tensor
     student_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
+    full_divergence: Tensor | None = None
+    student_tail_mass: Tensor | None = None
+    teacher_tail_mass: Tensor | None = None
 
     @classmethod
     def of(cls, out: RowOutputs, with_tokens: bool) -> "TokenStats":
-        return cls(**{name: out[name] for name in cls._fields if with_tokens or not name.endswith("logprob")})
+        names = [name for name in out.names if name in cls._fields and (with_tokens or not name.endswith("logprob"))]
+        return cls(**{name: out[name] for name in names})

@@ -3,20 +3,21 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels import gemm
 from opsd_kernels.chunking import MIB, ChunkCosts, ChunkPlan, plan_chunks
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
-from opsd_kernels.rows import RESULTS, RowKernel, RowOutputs
+from opsd_kernels.rows import RowKernel, RowOutputs, results_of
 
 SCRATCH_SHARE = 8  # one part in so many of the workspace may hold a widened block of a half-precision head
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What the op was called with, checked; heads without padding."""
+    """What the op was called with, checked; heads without padding, both in the same slices or none."""
 
     student_hidden: Tensor  # (N, D)
     head: Head  # (V, D)
@@ -32,6 +33,11 @@ class Operands:
         """Factors of the student's and the teacher's products, or logits after a softcap."""
         student, teacher = self.divergence.temperatures
         return self.head.factor / student, self.teacher_head.factor / teacher
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the teacher's products run on another device, from which its logits are copied."""
+        return self.teacher_head.weight.device != self.head.weight.device
 
     @property
     def is_delta(self) -> bool:
@@ -56,13 +62,15 @@ class Gradients:
 class Workspace:
     z_s: Tensor  # (rows, V) fp32
     z_t: Tensor  # (rows, V) fp32
+    z_remote: Tensor | None  # (rows, V) fp32, z_t on the teacher's device
     slope: Tensor | None  # (rows, V) fp32, derivative of the student's softcap
     grad: Tensor | None  # (grad_rows, V) half; None: gradients overwrite z_s
     scratch: Tensor | None  # (elements,) fp32, the widened block of a head
+    scratch_remote: Tensor | None  # the same on the teacher's device
 
 
 def plan(ops: Operands, with_grad: bool) -> tuple[ChunkPlan, ChunkCosts]:
-    vocab, width = ops.head.weight.shape
+    vocab, width = ops.head.largest_slice, ops.head.weight.shape[1]
     widest = max(width, ops.teacher_head.weight.shape[1])
     grad_dtype = gemm.gradient_dtype(ops.head.weight)
     logits = 3 if with_grad and ops.head.softcap is not None else 2
@@ -84,7 +92,7 @@ def sweep(
     n, device = ops.student_hidden.shape[0], ops.student_hidden.device
     chunks, _ = plan(ops, bool(grads))
     work = _allocate(ops, chunks, bool(grads))
-    out = RowOutputs(torch.empty(len(RESULTS), n, device=device))
+    out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)
     scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
     for start, stop in chunks.groups():
@@ -99,9 +107,8 @@ def sweep(
 
 def _chunk(ops: Operands, tokens: slice, work: Workspace, scale: Tensor, grad: Tensor | None, out: RowOutputs) -> None:
     rows = slice(0, tokens.stop - tokens.start)
-    z_s, z_t = work.z_s[rows], work.z_t[rows]
-    slope = None if work.slope is None else work.slope[rows]
-    _logits(ops, tokens, z_s, z_t, slope, work.scratch)
+    z_s, z_t, slope = work.z_s[rows], work.z_t[rows], None if work.slope is None else work.slope[rows]
+    _logits(ops, tokens, work, slope)
     # the rows see one temperature; where the sides differ, _logits has brought the teacher to the student's
     divergence = replace(ops.divergence, temperature=1.0 / ops.inverse_temperatures[0], teacher_temperature=None)
     sampled = None if ops.tokens is None else ops.tokens[tokens]
@@ -111,20 +118,24 @@ def _chunk(ops: Operands, tokens: slice, work: Workspace, scale: Tensor, grad: T
         torch.mul(z_s, slope, out=grad)
 
 
-def _logits(
-    ops: Operands, tokens: slice, z_s: Tensor, z_t: Tensor, slope: Tensor | None, scratch: Tensor | None
-) -> None:
-    """Student logits, and the teacher's, or their difference, itself one product."""
+def _logits(ops: Operands, tokens: slice, work: Workspace, slope: Tensor | None) -> None:
+    """Student logits, and the teacher's, or their difference, itself one product, into z_s and z_t."""
     student, teacher = ops.student_hidden[tokens], ops.teacher_hidden[tokens]
-    block = _as_blocks(scratch, ops.head.weight)
+    rows, block = len(student), _as_blocks(work.scratch, ops.head.weight)
+    z_s, z_t = work.z_s[:rows], work.z_t[:rows]
     if ops.is_delta:
-        gemm.logits_into([z_s, z_t], [student, student.float() - teacher.float()], ops.head.weight, block)
+        difference = student.float() - teacher.float()
+        gemm.logits_into([z_s, z_t], [student, difference], ops.head.weight, block)
         ops.head.finish_(z_s, None)
         return
     gemm.logits_into([z_s], [student], ops.head.weight, block)
-    gemm.logits_into([z_t], [teacher], ops.teacher_head.weight, _as_blocks(scratch, ops.teacher_head.weight))
     ops.head.finish_(z_s, slope)
-    ops.teacher_head.finish_(z_t, None)
+    z, scratch = (z_t, work.scratch) if work.z_remote is None else (work.z_remote[:rows], work.scratch_remote)
+    block = _as_blocks(scratch, ops.teacher_head.weight)
+    gemm.logits_into([z], [teacher.to(z.device)], ops.teacher_head.weight, block)
+    ops.teacher_head.finish_(z, None)
+    if z is not z_t:
+        z_t.copy_(z)
     inverse, teacher_inverse = ops.inverse_temperatures
     if inverse != teacher_inverse:
         z_t.mul_(teacher_inverse / inverse)
@@ -133,7 +144,10 @@ def _logits(
 def _gradients(ops: Operands, tokens: slice, collected: Tensor, scratch: Tensor | None, grads: Gradients) -> None:
     if grads.hidden is not None:
         block = _as_blocks(scratch, ops.head.weight)
-        grads.hidden[tokens] = gemm.hidden_gradient(collected, ops.head.weight, block)
+        partial = gemm.hidden_gradient(collected, ops.head.weight, block)
+        if ops.head.shard is not None:  # every slice of the vocabulary adds to it
+            dist.all_reduce(partial, group=ops.head.shard.group)
+        grads.hidden[tokens] = partial
     if grads.weight is not None:
         gemm.add_head_gradient(grads.weight, collected, ops.student_hidden[tokens])
     if grads.bias is not None:
@@ -144,14 +158,16 @@ def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
     device, vocab = ops.student_hidden.device, ops.head.weight.shape[0]
     grad_dtype = gemm.gradient_dtype(ops.head.weight)
     in_place = not with_grad or grad_dtype == torch.float32
-    elements = _scratch_elements(ops)
+    elements, remote = _scratch_elements(ops), ops.teacher_head.weight.device
     capped = with_grad and ops.head.softcap is not None
     return Workspace(
         z_s=torch.empty(chunks.rows, vocab, device=device),
         z_t=torch.empty(chunks.rows, vocab, device=device),
+        z_remote=torch.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
         slope=torch.empty(chunks.rows, vocab, device=device) if capped else None,
         grad=None if in_place else torch.empty(chunks.grad_rows, vocab, device=device, dtype=grad_dtype),
         scratch=torch.empty(elements, device=device) if elements else None,
+        scratch_remote=torch.empty(elements, device=remote) if elements and ops.is_remote else None,
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels import Divergence, Head, fused_token_kl
+from opsd_kernels import Divergence, Head, TopK, fused_token_kl
 from tests.kernels import cases
 
 pytestmark = pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the row kernel")
@@ -21,7 +21,17 @@ def plain(student, weight, bias, teacher, token_weights):
     return (fused_token_kl(student, weight, teacher) * token_weights).sum(), token_weights
 
 
-@pytest.mark.parametrize("function", [step, plain], ids=["options", "arbitrary upstream"])
+def top_k(student, weight, bias, teacher, token_weights):
+    value, stats = fused_token_kl(
+        *(student, weight, teacher),
+        divergence=Divergence("jsd", support=TopK(9, of="teacher")),
+        token_weights=token_weights > 0.8,
+        return_stats=True,
+    )
+    return value.sum(), stats.teacher_tail_mass
+
+
+@pytest.mark.parametrize("function", [step, plain, top_k], ids=["options", "arbitrary upstream", "top-k and mask"])
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_node_with_eager_results(function, trainable, dtype):
@@ -55,9 +65,9 @@ def test_operator_is_what_it_says():
     student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
     numbers = [0.5, 1.0, 1.0, float("inf"), 1.0, float("inf"), 1.0, float("inf"), 600.0]
     arguments = (student, head, None, inputs.teacher_hidden, None, None, None, None, [True, True, False])
-    torch.library.opcheck(
-        torch.ops.opsd.fused_token_kl.default, (*arguments, "jsd", "auto", numbers, [cases.V, cases.V])
-    )
+    for support in ([0, 0, 0], [5, 1, 0]):
+        settings = ("jsd", "auto", "", numbers, [cases.V, cases.V, *support])
+        torch.library.opcheck(torch.ops.opsd.fused_token_kl.default, (*arguments, *settings))
 
 
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])

@@ -272,7 +272,7 @@ class TestRefusals:
             ({"head": torch.zeros(1003, 48, device="meta")}, "expected head on the device of student_hidden"),
             ({"head": torch.zeros(0, 48)}, "expected a head with at least one row"),
             ({"token_weights": torch.ones(44)}, r"expected token_weights of shape \(45,\)"),
-            ({"token_weights": torch.ones(45, dtype=torch.bool)}, "expected floating-point token_weights"),
+            ({"token_weights": torch.ones(45, dtype=torch.int64)}, "expected floating-point token_weights or a bool"),
             ({"token_weights": torch.ones(45, requires_grad=True)}, "without requires_grad"),
             ({"tokens": torch.zeros(44, dtype=torch.int64)}, r"expected tokens of shape \(45,\) in int64"),
             ({"tokens": torch.zeros(45)}, r"in int64, got \(45,\) in torch.float32"),

@@ -76,8 +76,9 @@ def fused_token_kl(
 ) -> Tensor | tuple[Tensor, TokenStats]:  # (N,) fp32
     """token_weights * divergence of each token, differentiable in student_hidden and head; equations on this page.
 
-    divergence: a Divergence, or its kind as a str.
-    token_weights: constants that multiply both value and gradient (None: ones); 0 leaves a token out.
+    divergence: a Divergence, or its kind as a str. With a support (TopK) it is an approximation.
+    token_weights: constants that multiply both value and gradient (None: ones); 0 leaves a token out, and so does
+    False in a bool mask, without waiting for the device.
     workspace_mib: budget for everything beside inputs, results and the gradients handed back.
     backend: row kernel; "auto" is triton on CUDA, native C++ on CPU, torch where those are missing (logged once).
     return_stats: also return TokenStats (stats.py), from the same pass.
@@ -97,6 +98,13 @@ def fused_token_kl(
     With trainable shared heads only the student's side contributes to the gradients of weight and bias. The sides may
     differ in width and dtype.
     Half inputs: logits are fp32; on CPU, and for fp16 gradients, the head is widened blockwise in the workspace.
+
+    A head in slices (Head.shard): each rank of the group calls with its rows and with the same of everything else. It
+    gets the results of the whole head, the whole hidden gradient (summed over the ranks here: no reduction is left to
+    do) and the gradients of its own rows. Tokens and valid_vocab count over the whole head. Reductions run in torch
+    rows, five collectives per slab of tokens.
+    A teacher elsewhere: where teacher_head is on another device, its products run there, chunk by chunk, and its
+    logits are copied to the student's; teacher_hidden may be on either.
 
     Infinite logits. A column that is -inf on both sides counts nothing. Where only the teacher excludes a token,
     reverse KL is +inf and has no gradient (its row, and a trainable head's sum, are NaN); with a clip, or as JSD, both

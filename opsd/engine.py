@@ -1,173 +1,165 @@
-"""A few prefixes, many responses: the one way every pass runs the model.
+"""The packed pass: every prompt computed once, nothing padded. Rollout, teacher and student all run the model here.
 
-Rollout, teacher scoring and student update all see B prompts with G responses each. The prompt is computed once
-and its keys and values are shared by its responses (gradients through them are the sum over the responses). The
-plain twin, `engine.share_prefix=false`, runs every response with a prompt of its own; results are equal.
+The plain twin, `engine.share_prefix=false`, is opsd/plain.py: whole padded sequences, transformers' own attention;
+results are equal.
 
-Letters: B prompts, G responses per prompt, P prompt tokens, T response tokens, N valid response tokens, D width.
+Letters: B prompts, P prompt tokens, R responses, T tokens of one, N of all, S tokens of the packed row, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opsd import plain
+from opsd.attention import PackedKV
 from opsd.model import LanguageModel
-from opsd.prompts import Prompt
-
-# Processor outputs that have one entry per prompt token; everything else is media, concatenated along dim 0.
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-
-
-@dataclass(frozen=True)
-class Responses:
-    """G responses for each of B prompts, prompt-major, right-padded."""
-
-    tokens: Tensor  # (B*G, T) int64 on the model's device
-    lengths: list[int]  # B*G lengths >= 1, end token included; on the host, so packing needs no sync
-    per_prompt: int  # G
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """(B*G, T) bool, true on real tokens."""
-        steps = torch.arange(self.tokens.shape[1])
-        return (steps < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
-
-    @cached_property
-    def packed_index(self) -> Tensor:
-        """(N,) positions of the real tokens in the flattened (B*G*T) grid, response by response."""
-        width = self.tokens.shape[1]
-        rows = [torch.arange(length) + i * width for i, length in enumerate(self.lengths)]
-        return torch.cat(rows).to(self.tokens.device)
-
-    @cached_property
-    def packed_tokens(self) -> Tensor:
-        """(N,) the real tokens, response by response."""
-        return self.tokens.flatten().index_select(0, self.packed_index)
-
-    @cached_property
-    def token_weights(self) -> Tensor:
-        """(N,) fp32: 1/T_i, so that the weighted sum is the sum over responses of their means."""
-        lengths = torch.tensor(self.lengths)
-        return (1.0 / lengths.float()).repeat_interleave(lengths).to(self.tokens.device)
-
-    @staticmethod
-    def pack(token_lists: list[list[int]], per_prompt: int, pad_id: int, device: torch.device) -> Responses:
-        """Right-pad lists of token ids (each of at least one token)."""
-        width = max(len(tokens) for tokens in token_lists)
-        rows = [tokens + [pad_id] * (width - len(tokens)) for tokens in token_lists]
-        return Responses(torch.tensor(rows, device=device), [len(t) for t in token_lists], per_prompt)
+from opsd.packing import Packed, Span, Tree
+from opsd.prompts import PER_TOKEN, Prompt
+from opsd.responses import Responses
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """Computed prompts, ready for responses to hang off them."""
+class Stored:
+    """A computed prompt: what its responses attend to, where they go on, and what predicts their first token."""
 
-    cache: Any  # transformers Cache of B (later B*G) rows; a pass that extends it uses it up
-    mask: Tensor  # (B, P) 1 on real prompt tokens
-    next_position: Tensor  # (B,) position of the first response token
-    last_hidden: Tensor  # (B, D) predicts the first response token
-
-
-def collate(prompts: list[Prompt], pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Right-pad token tensors, pad audio features to one length, concatenate the rest: one batch of model inputs."""
-    batch: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for prompt in prompts for name in prompt.inputs):
-        parts = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
-        fill = pad_id if name == "input_ids" else 0
-        if name in _PER_TOKEN or name in ("input_features", "feature_attention_mask"):
-            width = max(part.shape[-1] for part in parts)
-            parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=fill) for part in parts]
-        batch[name] = torch.cat(parts).to(device, non_blocking=True)
-    return batch
-
-
-def prefill(model: LanguageModel, prompts: list[Prompt]) -> Prefix:
-    """Run B prompts once and keep their keys and values."""
-    batch = collate(prompts, model.pad_id, model.device)
-    out = model.forward(**batch, use_cache=True)
-    last = torch.tensor([prompt.length - 1 for prompt in prompts], device=model.device)
-    rows = torch.arange(len(prompts), device=model.device)
-    if out.positions is None:
-        next_position = last + 1
-    else:  # 3-axis RoPE continues from the largest position on any axis, not from the token count
-        valid = batch["attention_mask"].bool()
-        next_position = out.positions.amax(0).masked_fill(~valid, 0).amax(-1) + 1
-    return Prefix(out.cache, batch["attention_mask"], next_position, out.hidden[rows, last])
-
-
-def repeat(prefix: Prefix, times: int) -> Prefix:
-    """B prompts -> B*times rows sharing the computed prompts; gradients of the copies add up."""
-    if times > 1:
-        prefix.cache.batch_repeat_interleave(times)
-    return Prefix(
-        prefix.cache,
-        prefix.mask.repeat_interleave(times, 0),
-        prefix.next_position.repeat_interleave(times, 0),
-        prefix.last_hidden.repeat_interleave(times, 0),
-    )
-
-
-def extend(model: LanguageModel, prefix: Prefix, tokens: Tensor, seen: Tensor, offset: int) -> Tensor:
-    """Feed tokens (B, T) that follow `offset` earlier response tokens; returns their hidden states (B, T, D).
-
-    seen: (B, offset + T) mask over the response so far. The prefix's cache grows by T.
-    """
-    steps = torch.arange(offset, offset + tokens.shape[1], device=tokens.device)
-    positions = prefix.next_position[:, None] + steps
-    out = model.forward(
-        input_ids=tokens,
-        attention_mask=torch.cat([prefix.mask, seen.to(prefix.mask.dtype)], dim=1),
-        position_ids=positions[None].expand(3, -1, -1) if _is_3axis(model) else positions,
-        past_key_values=prefix.cache,
-        use_cache=True,
-    )
-    return out.hidden
+    keys: list[Tensor]  # per layer (Hkv, P, d)
+    values: list[Tensor]
+    next_position: int
+    last_hidden: Tensor  # (D,)
 
 
 def response_hidden(
-    model: LanguageModel, prompts: list[Prompt], responses: Responses, share_prefix: bool = True
+    model: LanguageModel, prompts: Sequence[Prompt], responses: Responses, share_prefix: bool = True
 ) -> Tensor:
-    """Hidden states that predict each response token, packed response by response: (N, D)."""
+    """Hidden states that predict each response token, response by response: (N, D). Differentiable."""
     if not share_prefix:
-        return _response_hidden_plain(model, prompts, responses)
-    prefix = repeat(prefill(model, prompts), responses.per_prompt)
-    hidden = prefix.last_hidden[:, None]
-    if responses.tokens.shape[1] > 1:
-        fed = extend(model, prefix, responses.tokens[:, :-1], responses.mask[:, :-1], offset=0)
-        hidden = torch.cat([hidden, fed], dim=1)
-    return hidden.flatten(0, 1).index_select(0, responses.packed_index)
+        return plain.response_hidden(model, prompts, responses)
+    hidden, _ = forward(model, prompts, responses)
+    return hidden
 
 
-def _response_hidden_plain(model: LanguageModel, prompts: list[Prompt], responses: Responses) -> Tensor:
-    """The plain twin: B*G whole sequences, prompt and media repeated for every response."""
-    owners = [prompt for prompt in prompts for _ in range(responses.per_prompt)]
-    rows = []
-    for prompt, tokens, length in zip(owners, responses.tokens.cpu(), responses.lengths, strict=True):
-        rows.append(_with_response(prompt, tokens[:length]))
-    batch = collate(rows, model.pad_id, model.device)
-    hidden = model.forward(**batch, use_cache=False).hidden
-    width = hidden.shape[1]
-    index = [
-        torch.arange(length) + i * width + owner.length - 1
-        for i, (owner, length) in enumerate(zip(owners, responses.lengths, strict=True))
-    ]
-    return hidden.flatten(0, 1).index_select(0, torch.cat(index).to(model.device))
+def prefill(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Stored]:
+    """Compute prompts alone and keep them."""
+    _, stored = forward(model, prompts, None, keep=True)
+    return stored
 
 
-def _with_response(prompt: Prompt, tokens: Tensor) -> Prompt:
-    inputs = dict(prompt.inputs)
-    for name in _PER_TOKEN:
-        if name in inputs:
-            fill = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}.get(name, torch.zeros_like(tokens))
-            inputs[name] = torch.cat([inputs[name], fill[None].to(inputs[name].dtype)], dim=1)
-    return replace(prompt, inputs=inputs)
+def forward(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    responses: Responses | None,
+    known: Sequence[Stored | None] | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, list[Stored]]:
+    """One packed pass: states (N, D) that predict the responses, and (keep) the prompts it computed, in order.
+
+    known: prompts computed before, which are then not computed again; None where there is none. Gradients do not
+    reach them.
+    """
+    known = known if known is not None else [None] * len(prompts)
+    lengths: list[list[int]] = [[] for _ in prompts]
+    if responses is not None:
+        assert list(responses.owners) == sorted(responses.owners), "responses lie prompt by prompt"
+        for owner, length in zip(responses.owners, responses.lengths, strict=True):
+            lengths[owner].append(length)
+    packed = Packed(
+        tuple(
+            Tree(prompt.length, tuple(of_prompt), one is not None)
+            for prompt, of_prompt, one in zip(prompts, lengths, known, strict=True)
+        )
+    )
+    fresh = [prompt for prompt, one in zip(prompts, known, strict=True) if one is None]
+    older = [one for one in known if one is not None]
+    carried = PackedKV(packed, _stored_layers(older), keep)
+    if packed.length:
+        ids = _ids(prompts, responses, packed, model.device)
+        states = model.forward_packed(ids, _positions(model, prompts, packed, known), _media(fresh, model), carried)
+    else:  # every prompt is known and no response has a second token
+        states = older[0].last_hidden.new_empty(0, older[0].last_hidden.shape[-1])
+    every = torch.cat([states, *(one.last_hidden[None] for one in older)]) if older else states
+    hidden = every.index_select(0, _arange(packed.predicting).to(model.device))
+    return hidden, _kept(model, packed, carried, prompts, states) if keep else []
 
 
-def _is_3axis(model: LanguageModel) -> bool:
-    parameters = getattr(model.module.config.get_text_config(), "rope_parameters", None) or {}
-    return "mrope_section" in parameters
+def _ids(prompts: Sequence[Prompt], responses: Responses | None, packed: Packed, device: torch.device) -> Tensor:
+    """(1, S) token ids, gathered on the device from the prompts and the grid of responses."""
+    in_row = [prompt for prompt, tree in zip(prompts, packed.trees, strict=True) if not tree.stored]
+    pool = [prompt.inputs["input_ids"][0] for prompt in in_row]
+    at, spans, response = 0, [], 0
+    first_response = sum(map(len, pool))
+    for tree in packed.trees:
+        if not tree.stored:
+            spans.append((at, tree.root))
+            at += tree.root
+        for fed in tree.children:
+            assert responses is not None
+            spans.append((first_response + response * responses.tokens.shape[1], fed))
+            response += 1
+    ids = [part.to(device, non_blocking=True) for part in ([torch.cat(pool)] if pool else [])]
+    ids += [responses.tokens.flatten()] if responses is not None else []
+    return torch.cat(ids).index_select(0, _arange(spans).to(device))[None]
+
+
+def _positions(
+    model: LanguageModel, prompts: Sequence[Prompt], packed: Packed, known: Sequence[Stored | None]
+) -> Tensor:
+    """(axes, S): prompts as the family counts them, responses on from the largest position of any axis."""
+    parts = []
+    for prompt, tree, stored in zip(prompts, packed.trees, known, strict=True):
+        if stored is None:
+            own = model.positions(prompt)
+            parts.append(own)
+            start = int(own.max()) + 1
+        else:
+            start = stored.next_position
+        parts += [torch.arange(start, start + fed).expand(model.axes, -1) for fed in tree.children]
+    return torch.cat(parts, 1).to(model.device, non_blocking=True)
+
+
+def _media(prompts: Sequence[Prompt], model: LanguageModel) -> dict[str, Tensor]:
+    """Everything the processor made but the tokens, prompt after prompt; audio padded to one length."""
+    media: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt.inputs):
+        if name in PER_TOKEN:
+            continue
+        parts = [prompt.inputs[name] for prompt in prompts if name in prompt.inputs]
+        if name in ("input_features", "feature_attention_mask"):
+            width = max(part.shape[-1] for part in parts)
+            parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
+        media[name] = torch.cat(parts).to(model.device, non_blocking=True)
+    return media
+
+
+def _stored_layers(stored: Sequence[Stored]) -> list[tuple[Tensor, Tensor]] | None:
+    """Per layer the keys and values of all stored prompts, one after another: (Hkv, sum P, d)."""
+    if not stored:
+        return None
+    keys = zip(*(one.keys for one in stored), strict=True)
+    values = zip(*(one.values for one in stored), strict=True)
+    return [(torch.cat(k, 1), torch.cat(v, 1)) for k, v in zip(keys, values, strict=True)]
+
+
+def _kept(
+    model: LanguageModel, packed: Packed, carried: PackedKV, prompts: Sequence[Prompt], states: Tensor
+) -> list[Stored]:
+    kept = []
+    for prompt, tree, (start, length) in zip(prompts, packed.trees, packed.roots, strict=True):
+        if tree.stored:
+            continue
+        layers = [carried.kept[layer] for layer in sorted(carried.kept)]
+        keys, values = ([x[:, start : start + length].clone() for x in side] for side in zip(*layers, strict=True))
+        last = states[start + length - 1].clone()
+        kept.append(Stored(keys, values, int(model.positions(prompt).max()) + 1, last))
+    return kept
+
+
+def _arange(spans: Sequence[Span]) -> Tensor:
+    return torch.cat([torch.arange(start, start + length) for start, length in spans] or [torch.arange(0)])
+
+
+__all__: list[Any] = ["Responses", "Stored", "forward", "prefill", "response_hidden"]

@@ -7,13 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from opsd.attention import PackedKV
 from opsd.config import ModelConfig
+from opsd.families import install
 from opsd.errors import InputError, explained
 from opsd.integrations.hf import logit_changes, skip_head
+from opsd.positions import axes, prompt_positions
+from opsd.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class LanguageModel:
         self.device = next(module.parameters()).device
         self.has_adapter = config.adapter == "lora"
         self.end_ids = _end_ids(module, self.tokenizer)
+        self.axes = axes(module)
+        self._positions: WeakKeyDictionary[Prompt, Tensor] = WeakKeyDictionary()
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 
     @property
@@ -80,6 +87,25 @@ class LanguageModel:
         states = hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1]  # norms leave autocast in fp32
         return Forward(states, getattr(output, "past_key_values", None), positions)
 
+    def forward_packed(self, ids: Tensor, positions: Tensor, media: dict[str, Tensor], packed: PackedKV) -> Tensor:
+        """States (S, D) of one packed row: ids (1, S), positions (axes, S), media of its prompts in their order."""
+        # A mask of four axes is passed on as it is: the row says itself who sees whom.
+        no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
+        at = positions[:, None] if self.axes > 1 else positions
+        with skip_head(self.module) as hidden, self._autocast():
+            self.module(
+                input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed, **media
+            )
+        return (hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1])[0]
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        """(axes, P) on the host, computed once per prompt."""
+        found = self._positions.get(prompt)
+        if found is None:
+            base = self.module.get_base_model() if self.has_adapter else self.module
+            found = self._positions[prompt] = prompt_positions(base, prompt.inputs)
+        return found
+
     @contextmanager
     def mode(self, train: bool) -> Iterator[None]:
         """Dropout on for the student's update only; restored afterwards, so no pass can switch it off for another."""
@@ -115,7 +141,7 @@ def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = Non
     source = config.path if checkpoint is None or lora else str(checkpoint)
     module = _read_weights(source, config)
     _check_head(module, source)
-    _check_attention(module)
+    install(module)
     _freeze(module, config.freeze)
     if lora:
         module = _add_lora(module, config, seed, checkpoint)
@@ -155,16 +181,6 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(f"all weights of {architecture}", f"{path} without {names}", field="model.path")
     return module
-
-
-def _check_attention(module: Any) -> None:
-    """Prompts of different lengths share a right-padded cache, which a window or a recurrent state would misread."""
-    config = module.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or (window is not None and not getattr(config, "layer_types", None)):
-        found = f"{type(module).__name__} with {', '.join(sorted(kinds))}" + (f", window {window}" if window else "")
-        raise InputError("full attention in every layer", found, field="model.path")
 
 
 def _check_head(module: Any, path: str) -> None:

@@ -21,7 +21,11 @@ from opsd.errors import InputError, explained, raise_all
 from opsd.media import load_audio, load_image
 
 
-@dataclass(frozen=True)
+# Processor outputs that have one entry per prompt token; everything else is media, concatenated along dim 0.
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """One rendered prompt as the processor returns it, without padding."""
 

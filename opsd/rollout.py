@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opsd.config import RolloutConfig
-from opsd.engine import Responses, extend, prefill, repeat
+from opsd.plain import extend, prefill
+from opsd.responses import Responses
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 
@@ -50,7 +51,7 @@ def rollout(model: LanguageModel, prompts: list[Prompt], sampling: Sampling, see
     head = model.head.detach()
 
     with model.mode(train=False):
-        prefix = repeat(prefill(model, prompts), sampling.group_size)
+        prefix = prefill(model, [p for p in prompts for _ in range(sampling.group_size)])
         tokens = torch.full((rows, sampling.max_new_tokens), model.pad_id, device=model.device)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         running = torch.ones(rows, dtype=torch.bool, device=model.device)
@@ -66,7 +67,7 @@ def rollout(model: LanguageModel, prompts: list[Prompt], sampling: Sampling, see
                 break
             hidden = extend(model, prefix, tokens[:, step : step + 1], mask[:, : step + 1], offset=step)[:, 0]
     lengths = mask.sum(1).tolist()
-    return Responses(tokens[:, : max(lengths)], lengths, sampling.group_size)
+    return Responses(tokens[:, : max(lengths)], tuple(lengths), tuple(i // sampling.group_size for i in range(rows)))
 
 
 def choose(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from opsd.data import Example
-from opsd.engine import Responses, response_hidden
+from opsd.engine import response_hidden
+from opsd.responses import Responses
 from opsd.log import PHASES, peak_memory_mib
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from opsd.config import TeacherConfig
-from opsd.engine import Responses, response_hidden
+from opsd.engine import response_hidden
+from opsd.responses import Responses
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 

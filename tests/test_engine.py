@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from opsd.data import read_examples
-from opsd.engine import Responses, collate, response_hidden
+from opsd.engine import response_hidden
+from opsd.plain import collate
+from opsd.responses import Responses
 from opsd.model import load_model
 from opsd.prompts import PromptBuilder
 from tests.jobs import text_job

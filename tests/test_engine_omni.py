@@ -9,7 +9,8 @@ from opsd.affect.clips import TEST, write_split
 from opsd.affect.tiny import TinySize, build
 from opsd.config import load_config
 from opsd.data import read_examples
-from opsd.engine import Responses, prefill, response_hidden
+from opsd.engine import prefill, response_hidden
+from opsd.responses import Responses
 from opsd.model import load_model
 from opsd.prompts import PromptBuilder
 from opsd.rollout import Sampling, rollout
@@ -46,12 +47,11 @@ def test_prompts_carry_image_and_audio(setting):
 
 def test_responses_continue_from_the_largest_position(setting):
     model, prompts = setting
-    prefix = prefill(model, prompts)
-    for prompt, start in zip(prompts, prefix.next_position.tolist(), strict=True):
+    for prompt, stored in zip(prompts, prefill(model, prompts), strict=True):
         kwargs = {k: v for k, v in prompt.inputs.items() if k in ("input_ids", "attention_mask", "image_grid_thw")}
         audio = prompt.inputs["feature_attention_mask"].sum(-1)
         positions, _ = model.module.get_rope_index(**kwargs, audio_seqlens=audio)
-        assert start == positions.max().item() + 1 < prompt.length
+        assert stored.next_position == positions.max().item() + 1 < prompt.length
 
 
 @pytest.mark.parametrize("per_prompt, lengths", [(1, [3, 1, 5]), (2, [1, 4, 2, 2, 5, 1])])

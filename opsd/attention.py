@@ -1,0 +1,136 @@
+"""Attention over a packed row: one function for rollout, teacher and student, registered with transformers.
+
+A child attends to its root and to itself. Both parts are computed apart, each without a mask, and merged by their
+log-sum-exps, so a root's keys are read once for all its children and never copied per child:
+
+    out = sum_i w_i out_i,   w_i = exp(lse_i - lse),   lse = log sum_i exp(lse_i)
+
+The backward of each part takes the merged out and lse: with P = exp(QK' - lse) and D = rowsum(dO * out) the usual
+formulas dS = P * (dO V' - D) are then those of the whole softmax, so the gradients are exact sums over the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.attention_kernels import Kernel, choose_kernel
+from opsd.attention_plan import Plan, plan
+from opsd.packing import Packed
+
+NAME = "opsd_packed"
+
+
+@dataclass
+class PackedKV:
+    """What one forward pass of a packed row carries to every attention layer, and what it leaves there."""
+
+    packed: Packed
+    stored: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values (Hkv, P, d) of all stored roots
+    keep: bool = False  # leave this row's keys and values in `kept`
+
+    def __post_init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    def plan(self, window: int | None, kernel: Kernel, device: torch.device) -> Plan:
+        """The parts of a layer with this window; layers with the same window share them."""
+        longest = max((tree.root + max(tree.children, default=0) for tree in self.packed.trees), default=0)
+        key = (None if window is None or window >= longest else window, kernel.ragged, device)
+        if key not in self._plans:
+            self._plans[key] = plan(self.packed, key[0], kernel.ragged, device)
+        return self._plans[key]
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,  # (1, H, S, d)
+    key: Tensor,  # (1, Hkv, S, d)
+    value: Tensor,  # (1, Hkv, S, d)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packed: PackedKV | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # (1, S, H, d)
+    """transformers' attention interface. A forward that carries no packed row takes the library's own SDPA."""
+    if packed is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    keys, values = key[0], value[0]
+    if packed.keep:
+        packed.kept[module.layer_idx] = keys, values
+    if packed.stored is not None:
+        keys, values = (torch.cat(pair, 1) for pair in zip((keys, values), packed.stored[module.layer_idx], strict=True))
+    kernel = choose_kernel(query)
+    parts = packed.plan(sliding_window, kernel, query.device)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = _PackedAttention.apply(query[0], keys, values, parts, kernel, scale)
+    return out.transpose(0, 1)[None], None
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Plan, kernel: Kernel, scale: float) -> Tensor:
+        out, lse = attend(q, k, v, parts, kernel, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.parts, ctx.kernel, ctx.scale = parts, kernel, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part in ctx.parts:
+            rows, keys = part.queries, part.keys
+            found = ctx.kernel.backward(
+                rows.take_grad(grad), rows.take(q), keys.take(k), keys.take(v), rows.take(out), rows.take(lse), part,
+                ctx.scale,
+            )  # fmt: skip
+            rows.add(dq, found[0])
+            keys.add(dk, found[1])
+            keys.add(dv, found[2])
+        return dq, dk, dv, None, None, None
+
+
+def attend(
+    q: Tensor,  # (H, S, d)
+    k: Tensor,  # (Hkv, S + stored, d)
+    v: Tensor,
+    parts: Plan,
+    kernel: Kernel,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # (H, S, d), (H, S)
+    """The forward: every query lies in one first part, and perhaps in one that is merged into it."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=kernel.lse_dtype(q.dtype), device=q.device)
+    for part in parts:
+        rows = part.queries
+        found, found_lse = kernel.forward(rows.take(q), part.keys.take(k), part.keys.take(v), part, scale)
+        if part.merged:
+            found, found_lse = merge(rows.take(out), rows.take(lse), found, found_lse)
+        rows.put(out, found)
+        rows.put(lse, found_lse)
+    return out, lse
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the union of two sets of keys, from the softmax over each."""
+    both = torch.logaddexp(lse, other_lse)
+    left, right = (torch.exp(x - both)[..., None] for x in (lse, other_lse))
+    return (out * left + other * right).to(out.dtype), both
+
+
+def register() -> None:
+    """Make the name known to transformers; masks for ordinary forwards are those of its SDPA."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+

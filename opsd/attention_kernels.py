@@ -1,0 +1,135 @@
+"""Attention of one part, forward and backward, with the log-sum-exp in the open. One decision point per device.
+
+`cpu_flash`   torch's flash kernel for CPUs
+`cuda_flash`  torch's flash-attention varlen kernels (fp16, bf16)
+`dense`       the definition, in plain torch: any device and dtype; the twin the others are tested against
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opsd.attention_plan import Part, Ragged
+
+_aten = torch.ops.aten
+
+
+class Kernel(Protocol):
+    ragged: bool  # takes (tokens, heads, d) and offsets instead of (n, heads, L, d)
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class CpuFlash:
+    ragged = False
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        mask = _additive(part.mask, q.dtype)
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.causal, attn_mask=mask, scale=scale)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = _additive(part.mask, q.dtype)
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, part.causal, attn_mask=mask, scale=scale
+        )
+
+
+class CudaFlash:
+    """Ragged: one call for all spans of a kind."""
+
+    ragged = True
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _aten._flash_attention_forward(
+            q, k, v, *_offsets(part), 0.0, part.causal, False, scale=scale, **_reach(part)
+        )
+        return out, lse.transpose(0, 1)  # (tokens, heads)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # state of a dropout that is off
+        return _aten._flash_attention_backward(
+            grad.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(), *_offsets(part), 0.0,
+            part.causal, unused, unused, scale=scale, **_reach(part),
+        )  # fmt: skip
+
+
+class Dense:
+    """S = scale Q K' (masked), lse = logsumexp S, P = exp(S - lse), out = P V; dS = P (dO V' - rowsum(dO out))."""
+
+    ragged = False
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, part, scale)
+        lse = scores.logsumexp(-1)
+        return self._grouped(torch.exp(scores - lse[..., None]), v).to(q.dtype), lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = self.lse_dtype(q.dtype)
+        grad, group = grad.to(wide), q.shape[1] // k.shape[1]
+        p = torch.exp(self._scores(q, k, part, scale) - lse[..., None])
+        dp = grad @ v.to(wide).repeat_interleave(group, 1).mT
+        ds = p * (dp - (grad * out.to(wide)).sum(-1, keepdim=True)) * scale
+        dq = self._grouped(ds, k)
+        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q.to(wide), p.mT @ grad))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    def _scores(self, q: Tensor, k: Tensor, part: Part, scale: float) -> Tensor:
+        wide = self.lse_dtype(q.dtype)
+        group = q.shape[1] // k.shape[1]
+        scores = q.to(wide) @ k.to(wide).repeat_interleave(group, 1).mT * scale
+        if part.causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        return scores if part.mask is None else scores.masked_fill(~part.mask, -torch.inf)
+
+    def _grouped(self, weights: Tensor, values: Tensor) -> Tensor:
+        group = weights.shape[1] // values.shape[1]
+        return weights @ values.to(weights.dtype).repeat_interleave(group, 1)
+
+
+CPU_FLASH, CUDA_FLASH, DENSE = CpuFlash(), CudaFlash(), Dense()
+
+
+def choose_kernel(query: Tensor) -> Kernel:
+    """By device and dtype."""
+    if query.device.type == "cpu":
+        return CPU_FLASH
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return CUDA_FLASH
+    return DENSE
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _offsets(part: Part) -> tuple[Tensor, Tensor, int, int]:
+    assert isinstance(part.queries, Ragged) and isinstance(part.keys, Ragged)
+    return part.queries.offsets, part.keys.offsets, part.queries.width, part.keys.width
+
+
+def _reach(part: Part) -> dict[str, int]:
+    return {} if part.window is None else {"window_size_left": part.window - 1, "window_size_right": 0}

@@ -1,0 +1,50 @@
+"""Sampled or given answers of a batch of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Responses:
+    """R responses, prompt by prompt, right-padded. Letters: R responses, T tokens of one, N tokens of all."""
+
+    tokens: Tensor  # (R, max T) int64 on the model's device
+    lengths: tuple[int, ...]  # T of each, end token included; on the host, so packing needs no sync
+    owners: tuple[int, ...]  # the prompt of each
+
+    @staticmethod
+    def pack(token_lists: list[list[int]], per_prompt: int, pad_id: int, device: torch.device) -> Responses:
+        """Right-pad lists of token ids, per_prompt of them for every prompt."""
+        width = max(len(tokens) for tokens in token_lists)
+        rows = [tokens + [pad_id] * (width - len(tokens)) for tokens in token_lists]
+        owners = tuple(i // per_prompt for i in range(len(rows)))
+        return Responses(torch.tensor(rows, device=device), tuple(len(t) for t in token_lists), owners)
+
+    def take(self, chosen: list[int], owners: list[int]) -> Responses:
+        """Some of the responses, with the numbers their prompts now have."""
+        lengths = tuple(self.lengths[i] for i in chosen)
+        index = torch.tensor(chosen).to(self.tokens.device)
+        return Responses(self.tokens.index_select(0, index)[:, : max(lengths)], lengths, tuple(owners))
+
+    @cached_property
+    def packed_index(self) -> Tensor:
+        """(N,) positions of the real tokens in the flattened (R * max T) grid, response by response."""
+        width = self.tokens.shape[1]
+        rows = [torch.arange(length) + i * width for i, length in enumerate(self.lengths)]
+        return torch.cat(rows).to(self.tokens.device)
+
+    @cached_property
+    def packed_tokens(self) -> Tensor:
+        """(N,) the real tokens, response by response."""
+        return self.tokens.flatten().index_select(0, self.packed_index)
+
+    @cached_property
+    def token_weights(self) -> Tensor:
+        """(N,) fp32: 1/T_i, so that the weighted sum is the sum over responses of their means."""
+        lengths = torch.tensor(self.lengths)
+        return (1.0 / lengths.float()).repeat_interleave(lengths).to(self.tokens.device)

@@ -45,14 +45,10 @@ class Run:
     clock: Clock
     progress: Progress
 
-    def passes(self, step: int) -> Iterator[list[tuple[int, Example]]]:
-        """The step's rows in micro-batches, each row with its place in the step."""
-        size = self.config.train.prompts_per_step
-        rows = order(len(self.train), size, step, self.config.train.seed)
-        batch = [(place, self.train[row]) for place, row in enumerate(rows)]
-        width = self.config.engine.prompts_per_pass
-        for first in range(0, size, width):
-            yield batch[first : first + width]
+    def rows(self, step: int) -> list[Example]:
+        """The step's rows."""
+        rows = order(len(self.train), self.config.train.prompts_per_step, step, self.config.train.seed)
+        return [self.train[row] for row in rows]
 
     def seed(self, step: int, place: int, purpose: str) -> int:
         """A 56-bit seed that is a function of (run seed, step, place, purpose): resuming needs no RNG state."""

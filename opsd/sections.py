@@ -136,7 +136,11 @@ class EngineConfig(Section):
     share_prefix: bool = Field(
         default=True, description="Compute a prompt once for its G responses; false is the plain twin."
     )
-    prompts_per_pass: int = Field(default=8, ge=1, description="Micro-batch: prompts per forward pass.")
+    token_budget: int = Field(
+        default=8192,
+        ge=1,
+        description="Micro-batch: most tokens of a forward pass; a single response with its prompt may be more.",
+    )
 
 
 class RolloutConfig(Section):

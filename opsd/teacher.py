@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from opsd.config import TeacherConfig
 from opsd.engine import response_hidden
-from opsd.responses import Responses
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
+from opsd.responses import Responses
 
 
 class Teacher(Protocol):

@@ -21,7 +21,7 @@ from opsd.errors import InputError
 from opsd.evaluate import measure
 from opsd.report import write_report
 from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
-from opsd.step import Sums, learn, log_step, sample, teach
+from opsd.step import Sums, learn, log_step, micro_batches, sample, teach
 
 
 def train(config: Config, resume: bool = False) -> Run:
@@ -32,13 +32,13 @@ def train(config: Config, resume: bool = False) -> Run:
         for step in range(run.start, config.train.steps):
             torch.manual_seed(run.seed(step, 0, "dropout"))
             sums = Sums()
-            for rows in run.passes(step):
-                with run.clock.phase("rollout"):
-                    group = sample(run, rows, step)
+            with run.clock.phase("rollout"):
+                group = sample(run, run.rows(step), step)
+            for part in micro_batches(run, group):
                 with run.clock.phase("teacher"):
-                    target = teach(run, group)
+                    target = teach(run, part)
                 with run.clock.phase("student"):
-                    loss = learn(run, group, target, sums)
+                    loss = learn(run, part, target, sums)
                     loss.backward()
             with run.clock.phase("student"):
                 sums.add(**run.optimizer.step(step))

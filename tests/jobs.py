@@ -45,7 +45,7 @@ def base_words(folder: Path) -> list[str]:
         "train.steps=4",
         "train.prompts_per_step=4",
         "train.threads=1",
-        "engine.prompts_per_pass=2",
+        "engine.token_budget=64",
         "rollout.group_size=3",
         "rollout.max_new_tokens=8",
         "optim.lr=1e-3",

@@ -202,8 +202,8 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
             "run.yaml:4: field 'objective.teacher_view_fraction': expected 0 for objective.kind distill; found 0.5",
         ),
         (
-            "engine:\n  prompts_per_pass: 0\n",
-            "run.yaml:4: field 'engine.prompts_per_pass': expected a value >= 1; found 0",
+            "engine:\n  token_budget: 0\n",
+            "run.yaml:4: field 'engine.token_budget': expected a value >= 1; found 0",
         ),
         (
             "prompts:\n  teacher_template: Look!\n",

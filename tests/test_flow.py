@@ -15,7 +15,7 @@ from opsd.evaluate import measure
 from opsd.log import RunDir
 from opsd.objectives.logprobs import token_logprobs
 from opsd.run import open_run
-from opsd.step import Sums, learn, sample, teach
+from opsd.step import Sums, learn, micro_batches, sample, teach, with_advantages
 from opsd.train import train
 from tests.jobs import text_job
 
@@ -68,8 +68,7 @@ def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path)
     tokens, totals = 0, dict.fromkeys(("divergence", "student_entropy", "teacher_entropy"), 0.0)
     loss, truncated = 0.0, 0
     with open_run(config) as run, torch.no_grad():
-        for rows in run.passes(0):
-            group = sample(run, rows, 0)
+        for group in micro_batches(run, sample(run, run.rows(0), 0)):
             prompts = [run.prompts.teacher(example) for example in group.examples]
             log_p, log_q = (
                 (response_hidden(run.model, views, group.responses) @ run.model.head.T).double().log_softmax(-1)
@@ -96,7 +95,7 @@ def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path)
 
 def test_two_steps_sample_different_responses_for_the_same_row(tmp_path):
     with open_run(text_job(tmp_path)) as run:
-        rows = next(run.passes(0))
+        rows = run.rows(0)[:2]
         first, again, other = (sample(run, rows, step) for step in (0, 0, 1))
     assert first.responses.packed_tokens.tolist() == again.responses.packed_tokens.tolist()
     assert first.responses.packed_tokens.tolist() != other.responses.packed_tokens.tolist()
@@ -104,15 +103,16 @@ def test_two_steps_sample_different_responses_for_the_same_row(tmp_path):
 
 def test_rows_of_a_step_sample_from_streams_of_their_own(tmp_path):
     with open_run(text_job(tmp_path)) as run:
-        (_, example), _ = next(run.passes(0))
-        a, b = sample(run, [(0, example)], 0), sample(run, [(1, example)], 0)
-    assert a.responses.packed_tokens.tolist() != b.responses.packed_tokens.tolist()
+        example = run.rows(0)[0]
+        group = sample(run, [example, example], 0)
+    first, second = (group.responses.take([i, i + 1, i + 2], [0, 0, 0]) for i in (0, 3))
+    assert first.packed_tokens.tolist() != second.packed_tokens.tolist()
 
 
 def reward_step(run, texts):
     """Loss and gradients of one pass of two prompts whose three responses read as given."""
-    group = sample(run, next(run.passes(0)), 0)
-    group = replace(group, texts=texts(group))
+    group = sample(run, run.rows(0)[:2], 0)
+    group = with_advantages(run, replace(group, texts=texts(group)))
     loss = learn(run, group, teach(run, group), Sums())
     run.model.module.zero_grad()
     loss.backward()
@@ -183,8 +183,7 @@ def test_dropout_moves_the_students_loss_and_nothing_else(tmp_path):
                 for name, p in run.model.trainable().items():
                     if ".lora_B." in name:  # an adapter that does something
                         p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-            rows = next(run.passes(0))
-            group = sample(run, rows, 0)
+            group = sample(run, run.rows(0)[:2], 0)
             hidden, _ = teach(run, group)
             torch.manual_seed(0)
             records.append((group.responses.packed_tokens, hidden, learn(run, group, (hidden, None), Sums()).item()))

@@ -14,7 +14,7 @@ from opsd.objectives.reward import group_normalised, reward_loss
 from opsd.objectives.sft import sft_loss
 from opsd.run import open_run
 from opsd.sections import ObjectiveConfig
-from opsd.step import Sums, learn, sample, teach
+from opsd.step import Sums, learn, micro_batches, sample, teach, with_advantages
 from opsd.teacher import score
 from tests.jobs import text_job
 
@@ -91,7 +91,7 @@ def test_the_loss_is_the_divergence_of_the_config(values):
 
 def test_same_prompts_and_weights_give_zero_loss_and_zero_gradient(opened):
     with opened("prompts.privilege=none", "teacher.kind=frozen", "train.prompts_per_step=2") as run:
-        rows = next(run.passes(0))
+        rows = run.rows(0)[:2]
         group = sample(run, rows, 0)
         loss = learn(run, group, teach(run, group), Sums())
         grads = gradients(run, loss)
@@ -100,20 +100,23 @@ def test_same_prompts_and_weights_give_zero_loss_and_zero_gradient(opened):
 
 
 def test_micro_batches_add_up(opened, tmp_path):
-    """Two passes of two prompts have the loss and gradient of one pass of four."""
-    totals = []
-    for width in (2, 4):
+    """Many passes, some of a prompt's responses apart, have the loss and gradient of one."""
+    totals, counts = [], []
+    for width in (30, 10_000):
         with open_run(
-            text_job(tmp_path, f"engine.prompts_per_pass={width}", f"train.run_dir={tmp_path / str(width)}")
+            text_job(tmp_path, f"engine.token_budget={width}", f"train.run_dir={tmp_path / str(width)}")
         ) as run:
             run.model.module.zero_grad()
             sums = Sums()
-            for rows in run.passes(0):
-                group = sample(run, rows, 0)
+            parts = micro_batches(run, sample(run, run.rows(0), 0))
+            counts.append(len(parts))
+            for group in parts:
                 learn(run, group, teach(run, group), sums).backward()
             grads = {n: p.grad.clone() for n, p in run.model.trainable().items()}
             totals.append((sums.read(), grads))
     (a, grads_a), (b, grads_b) = totals
+    assert counts[0] > 4, "a prompt was split too"
+    assert counts[-1] == 1
     assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert a["loss"] > 1e-4
     for name, grad in grads_b.items():
@@ -122,14 +125,14 @@ def test_micro_batches_add_up(opened, tmp_path):
 
 def test_teacher_scores_the_same_tokens_though_its_prompt_is_longer(opened):
     with opened("train.prompts_per_step=2") as run:
-        rows = next(run.passes(0))
+        rows = run.rows(0)[:2]
         group = sample(run, rows, 0)
         hidden, _ = teach(run, group)
-        teacher_prompts = [run.prompts.teacher(e) for _, e in rows]
+        teacher_prompts = [run.prompts.teacher(e) for e in rows]
         assert all(t.length > s.length for t, s in zip(teacher_prompts, group.prompts, strict=True))
         at = 0
         for i, length in enumerate(group.responses.lengths):
-            prompt = teacher_prompts[i // group.responses.per_prompt]
+            prompt = teacher_prompts[group.responses.owners[i]]
             whole = torch.cat([prompt.inputs["input_ids"][0], group.responses.tokens[i, :length]])[None]
             logits = run.model.module(input_ids=whole).logits[0, prompt.length - 1 : -1]
             torch.testing.assert_close(hidden[at : at + length] @ run.model.head.T, logits, rtol=1e-4, atol=1e-4)
@@ -140,13 +143,13 @@ def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(open
     losses = {}
     for alpha in (0.0, 0.2):
         with open_run(text_job(tmp_path, f"objective.alpha={alpha}", f"train.run_dir={tmp_path / f'a{alpha}'}")) as run:
-            group = sample(run, next(run.passes(0)), 0)
+            group = sample(run, run.rows(0)[:2], 0)
             target = teach(run, group)
             texts = ["<think> low </think> <answer> sad </answer>"] * len(group.texts)
-            group = replace(group, texts=texts)
+            group = with_advantages(run, replace(group, texts=texts))
             losses[alpha] = learn(run, group, target, Sums()).item()
     with open_run(text_job(tmp_path, f"train.run_dir={tmp_path / 'x'}")) as run:
-        group = sample(run, next(run.passes(0)), 0)
+        group = sample(run, run.rows(0)[:2], 0)
         states = response_hidden(run.model, group.prompts, group.responses)
         logprobs = token_logprobs(states, run.model.head, group.responses.packed_tokens)
         owners = [e for e in group.examples for _ in range(3)]
@@ -177,11 +180,11 @@ def test_group_normalised_advantages():
 
 def test_sft_loss_is_the_mean_negative_logprob_of_the_rows_answers(opened):
     with opened("objective.kind=sft", "train.prompts_per_step=2") as run:
-        rows = next(run.passes(0))
+        rows = run.rows(0)[:2]
         group = sample(run, rows, 0)
         loss = learn(run, group, None, Sums()).item()
         want = 0.0
-        for prompt, (_, example) in zip(group.prompts, rows, strict=True):
+        for prompt, example in zip(group.prompts, rows, strict=True):
             tokens = torch.tensor([*run.model.tokenizer(example.answer)["input_ids"], run.model.end_ids[0]])
             whole = torch.cat([prompt.inputs["input_ids"][0], tokens])[None]
             log_p = run.model.module(input_ids=whole).logits[0, prompt.length - 1 : -1].log_softmax(-1)
@@ -202,8 +205,7 @@ def test_teacher_view_fraction_of_sft(opened, tmp_path):
             lengths = [
                 (p.length, run.prompts.teacher(e).length)
                 for step in range(20)
-                for rows in run.passes(step)
-                for p, (_, e) in zip(sample(run, rows, step).prompts, rows, strict=True)
+                for p, e in zip(sample(run, run.rows(step), step).prompts, run.rows(step), strict=True)
             ]
             counts.append(sum(got == teacher for got, teacher in lengths) / len(lengths))
     assert counts[0] == 0 and counts[2] == 1 and 0.3 < counts[1] < 0.7
@@ -211,7 +213,7 @@ def test_teacher_view_fraction_of_sft(opened, tmp_path):
 
 def test_score_does_not_depend_on_sharing(opened):
     with opened() as run:
-        group = sample(run, next(run.passes(0)), 0)
+        group = sample(run, run.rows(0)[:2], 0)
         prompts = [run.prompts.teacher(e) for e in group.examples]
         a, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=True)
         b, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=False)

@@ -8,6 +8,8 @@ eps); with one update per rollout the importance ratio is 1, so no clip is ever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ _EPS = 1e-4  # GRPO's guard for a group whose rewards are all alike: its advanta
 def reward_loss(
     logprobs: Tensor,  # (N,) fp32, with gradient
     advantages: Tensor,  # (responses,) fp32
-    lengths: list[int],
+    lengths: Sequence[int],
     token_weights: Tensor,  # (N,) fp32, 1 / (T_i * responses of the step)
 ) -> Tensor:
     """The loss above; the mean over responses is inside the token weights."""

@@ -12,7 +12,7 @@ formulas dS = P * (dO V' - D) are then those of the whole softmax, so the gradie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,15 @@ from opsd.packing import Packed
 NAME = "opsd_packed"
 
 
+class Carried(Protocol):
+    """What a forward pass hands every attention layer beside the hidden states: PackedKV, or a decode step's."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor: ...
+
+
 @dataclass
 class PackedKV:
-    """What one forward pass of a packed row carries to every attention layer, and what it leaves there."""
+    """The layout of a packed row, keys of earlier passes, and room for those of this one."""
 
     packed: Packed
     stored: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values (Hkv, P, d) of all stored roots
@@ -35,6 +41,15 @@ class PackedKV:
     def __post_init__(self) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """q (H, S, d), k and v (Hkv, S, d) -> (H, S, d), differentiable in all three."""
+        if self.keep:
+            self.kept[layer] = k, v
+        if self.stored is not None:
+            k, v = (torch.cat(pair, 1) for pair in zip((k, v), self.stored[layer], strict=True))
+        kernel = choose_kernel(q)
+        return _PackedAttention.apply(q, k, v, self.plan(window, kernel, q.device), kernel, scale)
 
     def plan(self, window: int | None, kernel: Kernel, device: torch.device) -> Plan:
         """The parts of a layer with this window; layers with the same window share them."""
@@ -53,7 +68,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    packed: PackedKV | None = None,
+    packed: Carried | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:  # (1, S, H, d)
     """transformers' attention interface. A forward that carries no packed row takes the library's own SDPA."""
@@ -61,15 +76,8 @@ def packed_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    keys, values = key[0], value[0]
-    if packed.keep:
-        packed.kept[module.layer_idx] = keys, values
-    if packed.stored is not None:
-        keys, values = (torch.cat(pair, 1) for pair in zip((keys, values), packed.stored[module.layer_idx], strict=True))
-    kernel = choose_kernel(query)
-    parts = packed.plan(sliding_window, kernel, query.device)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = _PackedAttention.apply(query[0], keys, values, parts, kernel, scale)
+    out = packed.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
     return out.transpose(0, 1)[None], None
 
 
@@ -133,4 +141,3 @@ def register() -> None:
 
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-

@@ -22,7 +22,8 @@ from opsd.model import LanguageModel, load_model
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import Prompt, PromptBuilder, can_teach, verify
 from opsd.rewards import accuracy, parse_answer
-from opsd.rollout import Sampling, decode, rollout
+from opsd.rollout import decode, rollout
+from opsd.sampling import Sampling
 
 
 @dataclass(frozen=True)

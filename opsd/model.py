@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from opsd.attention import PackedKV
+from opsd.attention import Carried
 from opsd.config import ModelConfig
-from opsd.families import install
 from opsd.errors import InputError, explained
+from opsd.families import install
 from opsd.integrations.hf import logit_changes, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
@@ -74,8 +74,7 @@ class LanguageModel:
         def before_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(kwargs.get("position_ids"))
 
-        base = self.module.get_base_model() if self.has_adapter else self.module
-        hook = base.get_decoder().register_forward_pre_hook(before_decoder, with_kwargs=True)
+        hook = self._base.get_decoder().register_forward_pre_hook(before_decoder, with_kwargs=True)
         try:
             with skip_head(self.module) as hidden, self._autocast():
                 output = self.module(**inputs)
@@ -87,23 +86,30 @@ class LanguageModel:
         states = hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1]  # norms leave autocast in fp32
         return Forward(states, getattr(output, "past_key_values", None), positions)
 
-    def forward_packed(self, ids: Tensor, positions: Tensor, media: dict[str, Tensor], packed: PackedKV) -> Tensor:
+    def forward_packed(self, ids: Tensor, positions: Tensor, media: dict[str, Tensor], packed: Carried) -> Tensor:
         """States (S, D) of one packed row: ids (1, S), positions (axes, S), media of its prompts in their order."""
         # A mask of four axes is passed on as it is: the row says itself who sees whom.
         no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
         at = positions[:, None] if self.axes > 1 else positions
-        with skip_head(self.module) as hidden, self._autocast():
-            self.module(
-                input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed, **media
-            )
-        return (hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1])[0]
+        with self._autocast():
+            if media:
+                with skip_head(self.module) as seen:
+                    self.module(
+                        input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed, **media
+                    )
+                hidden = seen[-1]
+            else:  # straight to the decoder: what lies around it only handles media
+                decoder = self._base.get_decoder()
+                hidden = decoder(
+                    input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed
+                ).last_hidden_state
+        return (hidden.to(torch.bfloat16) if self._mixed else hidden)[0]
 
     def positions(self, prompt: Prompt) -> Tensor:
         """(axes, P) on the host, computed once per prompt."""
         found = self._positions.get(prompt)
         if found is None:
-            base = self.module.get_base_model() if self.has_adapter else self.module
-            found = self._positions[prompt] = prompt_positions(base, prompt.inputs)
+            found = self._positions[prompt] = prompt_positions(self._base, prompt.inputs)
         return found
 
     @contextmanager
@@ -115,6 +121,10 @@ class LanguageModel:
             yield
         finally:
             self.module.train(before)
+
+    @property
+    def _base(self) -> Any:
+        return self.module.get_base_model() if self.has_adapter else self.module
 
     @property
     def _mixed(self) -> bool:

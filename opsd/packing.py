@@ -103,7 +103,8 @@ def units(prompt_lengths: Sequence[int], owners: Sequence[int], lengths: Sequenc
     made = []
     for prompt, root in enumerate(prompt_lengths):
         mine = [i for i, owner in enumerate(owners) if owner == prompt]
-        open_, tokens = [], root
+        open_: list[int] = []
+        tokens = root
         for i in mine:
             if open_ and tokens + lengths[i] > budget:
                 made.append(Unit(prompt, tuple(open_), tokens))

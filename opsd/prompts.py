@@ -20,7 +20,6 @@ from opsd.data import Example
 from opsd.errors import InputError, explained, raise_all
 from opsd.media import load_audio, load_image
 
-
 # Processor outputs that have one entry per prompt token; everything else is media, concatenated along dim 0.
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 

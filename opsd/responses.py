@@ -16,6 +16,7 @@ class Responses:
     tokens: Tensor  # (R, max T) int64 on the model's device
     lengths: tuple[int, ...]  # T of each, end token included; on the host, so packing needs no sync
     owners: tuple[int, ...]  # the prompt of each
+    logprobs: Tensor | None = None  # (R, max T) fp32, log pi of the tokens when they were drawn
 
     @staticmethod
     def pack(token_lists: list[list[int]], per_prompt: int, pad_id: int, device: torch.device) -> Responses:
@@ -29,7 +30,12 @@ class Responses:
         """Some of the responses, with the numbers their prompts now have."""
         lengths = tuple(self.lengths[i] for i in chosen)
         index = torch.tensor(chosen).to(self.tokens.device)
-        return Responses(self.tokens.index_select(0, index)[:, : max(lengths)], lengths, tuple(owners))
+        width = max(lengths, default=0)
+        tokens, logprobs = (
+            None if x is None else x.index_select(0, index)[:, :width] for x in (self.tokens, self.logprobs)
+        )
+        assert tokens is not None
+        return Responses(tokens, lengths, tuple(owners), logprobs)
 
     @cached_property
     def packed_index(self) -> Tensor:

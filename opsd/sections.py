@@ -148,6 +148,9 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="Longest response (tokens).")
     temperature: Float = Field(default=1.0, gt=0, description="Sampling temperature.")
     top_p: Float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
+    slots: int = Field(
+        default=64, ge=1, description="Responses decoded at a time; the next takes a finished one's slot."
+    )
     top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
 
 

@@ -22,8 +22,9 @@ from opsd.packing import Unit, first_fit_decreasing, units
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.rewards import accuracy, reward, well_formed
-from opsd.rollout import Sampling, decode, rollout
+from opsd.rollout import decode, rollout
 from opsd.run import Run
+from opsd.sampling import Sampling
 from opsd.teacher import score
 
 _PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student",)}  # where tokens are computed
@@ -69,7 +70,9 @@ def sample(run: Run, examples: list[Example], step: int) -> Group:
     teaches = run.config.objective.kind == "distill"
     views = [run.prompts.teacher(example) for example in examples] if teaches else None
     seeds = [run.seed(step, place, "rollout") for place in range(len(examples))]
-    responses = rollout(run.model, prompts, Sampling.of(run.config.rollout), seeds)
+    config = run.config
+    sampling, share = Sampling.of(config.rollout), config.engine.share_prefix
+    responses = rollout(run.model, prompts, sampling, seeds, config.rollout.slots, share)
     texts = decode(run.model.tokenizer, responses)
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
 

@@ -7,10 +7,10 @@ import torch
 
 from opsd.data import read_examples
 from opsd.engine import response_hidden
-from opsd.plain import collate
-from opsd.responses import Responses
 from opsd.model import load_model
+from opsd.plain import collate
 from opsd.prompts import PromptBuilder
+from opsd.responses import Responses
 from tests.jobs import text_job
 
 

@@ -10,10 +10,11 @@ from opsd.affect.tiny import TinySize, build
 from opsd.config import load_config
 from opsd.data import read_examples
 from opsd.engine import prefill, response_hidden
-from opsd.responses import Responses
 from opsd.model import load_model
 from opsd.prompts import PromptBuilder
-from opsd.rollout import Sampling, rollout
+from opsd.responses import Responses
+from opsd.rollout import rollout
+from opsd.sampling import Sampling
 
 SIZE = TinySize(width=32, inner=64, layers=2, heads=2, vision_width=32, audio_width=32)
 

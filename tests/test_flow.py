@@ -154,7 +154,7 @@ def test_only_the_students_pass_has_dropout(tmp_path, monkeypatch):
                 run.spied = run.model.module.get_base_model().get_decoder().layers[0].self_attn.q_proj
                 dropout = run.spied.lora_dropout["default"]
                 dropout.register_forward_hook(lambda m, *_: seen.setdefault(now[0], set()).add(m.training))
-                watch = run.model.module.register_forward_pre_hook
+                watch = run.model.module.get_base_model().get_decoder().register_forward_pre_hook
                 watch(lambda m, _: seen.setdefault(f"{now[0]} model", set()).add(m.training))
             try:
                 return step(run, *args)

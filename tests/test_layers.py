@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
     "errors integrations",  # integrations: torch and opsd_kernels only
-    "sections config_problems config cli processing",
-    "rows data media prompts prompt_cache packing attention prefix_cache model engine rewards plan",
-    "rollout teacher objectives optim log",
+    "sections config_problems config cli processing packing responses positions",
+    "attention_plan attention_kernels attention decode_attention families",
+    "rows data media prompts prompt_cache model plain engine rewards",
+    "sampling decode rollout teacher objectives optim log",
     "checkpoint run step evaluate report ablations",
     "affect",
     "train",

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from opsd.data import read_examples
+from opsd.engine import response_hidden
 from opsd.model import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
-from opsd.rollout import Sampling, choose, decode, rollout
+from opsd.rollout import decode, rollout
+from opsd.sampling import Sampling, choose
 from tests.jobs import text_job
 
 
@@ -78,7 +80,11 @@ def test_sampled_frequencies_pass_chi_square(sampling):
     probability = probability / probability.sum()
     n = 20000
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    counts = choose(logits.expand(n, -1), uniform, sampling).bincount(minlength=6).double()
+    counts = (
+        choose(logits.repeat(n, 1), uniform, sampling, torch.empty(0, dtype=torch.long))[0]
+        .bincount(minlength=6)
+        .double()
+    )
     kept = probability > 0
     assert counts[~kept].sum() == 0
     statistic = ((counts - n * probability)[kept] ** 2 / (n * probability[kept])).sum().item()
@@ -88,7 +94,7 @@ def test_sampled_frequencies_pass_chi_square(sampling):
 def test_extreme_uniforms_stay_inside_the_vocabulary():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).repeat(2, 1)
     uniform = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert choose(logits, uniform, Sampling(1, 1)).tolist() == [0, 2]
+    assert choose(logits, uniform, Sampling(1, 1), torch.empty(0, dtype=torch.long))[0].tolist() == [0, 2]
 
 
 def test_token_logprobs_equal_log_softmax_at_any_chunk(setting):
@@ -101,3 +107,26 @@ def test_token_logprobs_equal_log_softmax_at_any_chunk(setting):
     (got,) = torch.autograd.grad(chunked.sum(), hidden)
     torch.testing.assert_close(chunked, dense)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("sampling", [Sampling.greedy(9), Sampling(5, 9, temperature=1.3)], ids=["greedy", "sampled"])
+def test_slots_and_sharing_change_nothing(setting, sampling):
+    """Refilled slots, lanes used again, idle slots dropped, and the plain twin: the same tokens and log-probs."""
+    model, prompts = setting
+    seeds = list(range(3, 3 + len(prompts)))
+    want = rollout(model, prompts, sampling, seeds, share_prefix=False)
+    assert len(set(want.lengths)) > 1
+    for slots in (1, 3, 4, 64):
+        got = rollout(model, prompts, sampling, seeds, slots=slots)
+        assert got.lengths == want.lengths and got.owners == want.owners
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_logprobs_are_those_of_the_model_that_is_trained(setting):
+    model, prompts = setting
+    out = rollout(model, prompts[:3], Sampling(4, 8, temperature=0.7, top_k=5), [1, 2, 3])
+    hidden = response_hidden(model, prompts[:3], out)
+    want = token_logprobs(hidden, model.head, out.packed_tokens)
+    got = out.logprobs.flatten().index_select(0, out.packed_index)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

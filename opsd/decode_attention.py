@@ -1,0 +1,62 @@
+"""Attention of one decoded token per slot, over rectangles of keys of which each row uses the first few.
+
+    out_i, lse_i = attention of q_i (L, H, d) over the first lengths_i keys of row i, or over those its mask allows
+
+`cpu_flash` and `dense` as in opsd.attention_kernels; `cuda_flash` is flash-attention's varlen kernel, which is told how
+many keys a row uses and reads no others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def attend_rows(
+    q: Tensor,  # (n, L, H, d)
+    k: Tensor,  # (n, C, Hkv, d)
+    v: Tensor,
+    lengths: Tensor,  # (n,) int64, used without a mask
+    mask: Tensor | None,  # (n, L, used) bool where not the first `lengths` keys count, as under a window
+    scale: float,
+    used: int,  # no row uses more keys
+) -> tuple[Tensor, Tensor]:  # (n, L, H, d), (n, L, H) fp32
+    """No gradient."""
+    if q.device.type == "cuda" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return _cuda_flash(q, k, v, lengths, scale)
+    k, v = k[:, :used], v[:, :used]
+    allowed = mask if mask is not None else torch.arange(used, device=k.device) < lengths[:, None, None]
+    if q.device.type == "cpu":
+        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)[:, None]
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            *(x.transpose(1, 2) for x in (q, k, v)), 0.0, False, attn_mask=bias, scale=scale
+        )
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+    else:
+        out, lse = _dense(q, k, v, allowed, scale)
+    # a window may have left a whole rectangle behind: nothing of it counts
+    return (out, lse) if mask is None else (out.masked_fill(lse[..., None] == -torch.inf, 0.0), lse)
+
+
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    (n, width), capacity = q.shape[:2], k.shape[1]
+    rows = torch.arange(n + 1, device=q.device, dtype=torch.int32)
+    out, lse, *_ = _aten._flash_attention_forward(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), rows * width, rows * capacity, width, capacity, 0.0, False,
+        False, scale=scale, seqused_k=lengths.to(torch.int32),
+    )  # fmt: skip
+    return out.unflatten(0, (n, width)), lse.transpose(0, 1).unflatten(0, (n, width))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax in fp32; the queries of a key head are stacked, so keys are not copied per query head."""
+    heads = k.shape[2]
+    stacked = q.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, Hkv, group * L, d)
+    scores = (stacked @ k.permute(0, 2, 3, 1)).float().unflatten(2, (-1, q.shape[1])) * scale
+    scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse[..., None]).to(v.dtype).flatten(2, 3)
+    out = (weights @ v.transpose(1, 2)).unflatten(2, (-1, q.shape[1]))
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)

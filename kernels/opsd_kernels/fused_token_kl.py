@@ -102,7 +102,7 @@ def fused_token_kl(
     A head in slices (Head.shard): each rank of the group calls with its rows and with the same of everything else. It
     gets the results of the whole head, the whole hidden gradient (summed over the ranks here: no reduction is left to
     do) and the gradients of its own rows. Tokens and valid_vocab count over the whole head. Reductions run in torch
-    rows, five collectives per slab of tokens.
+    rows, five collectives per slab of tokens. A head that FSDP2 or ZeRO-3 keeps in shards: gather.py makes it whole.
     A teacher elsewhere: where teacher_head is on another device, its products run there, chunk by chunk, and its
     logits are copied to the student's; teacher_hidden may be on either.
 

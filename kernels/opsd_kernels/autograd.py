@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opsd_kernels import memory
 from opsd_kernels.sweep import Gradients, Operands, sweep
 
 
@@ -24,7 +25,7 @@ class TokenKL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # weighted values, and all results
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         ctx.hidden_grad = torch.empty_like(student_hidden) if wanted[0] else None
-        ctx.weight_grad, ctx.bias_grad = (zeros(x) if want else None for x, want in pairs(weight, bias, wanted))
+        ctx.weight_grad, ctx.bias_grad = (unfilled(x) if want else None for x, want in pairs(weight, bias, wanted))
         with torch.autocast(student_hidden.device.type, enabled=False):
             out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
         value = out["value"].clone() if weights is None else times(weights, out["value"])
@@ -54,13 +55,18 @@ def times(weight: Tensor, x: Tensor) -> Tensor:
     return (x * weight).masked_fill_(weight == 0, 0)
 
 
-def zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.float32)
+def unfilled(x: Tensor) -> Tensor:
+    """Where the gradient of x goes: fp32, contiguous."""
+    return memory.empty(*x.shape, device=x.device)
 
 
 def targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-    """Views of the gradients without the padded vocabulary, whose gradient stays 0."""
+    """Views of the gradients without the padded vocabulary. What a sweep does not fill is 0."""
     vocab = ops.head.weight.shape[0]
+    filled = vocab if ops.student_hidden.shape[0] > 0 else 0
+    for x in (weight, bias):
+        if x is not None:
+            x[filled:].zero_()
     return Gradients(hidden, None if weight is None else weight[:vocab], None if bias is None else bias[:vocab])
 
 
@@ -70,11 +76,11 @@ def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) 
     ctx.weight_grad = ctx.bias_grad = None  # scaled in place, hence once
     first = any(x is not None for x in kept)
     if first and (upstream.numel() == 0 or is_uniform(upstream)):
-        total = kept if upstream.numel() == 0 else [None if x is None else x.mul_(upstream[0]) for x in kept]
+        total = kept if changes_nothing(upstream) else [None if x is None else x.mul_(upstream[0]) for x in kept]
     else:
         weights = upstream.float() if ctx.weights is None else upstream.float() * ctx.weights
         kept.clear()  # before their successors are made
-        total = [zeros(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
+        total = [unfilled(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
         with torch.autocast(student_hidden.device.type, enabled=False):
             sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
     return [None if x is None else x.to(like.dtype) for x, like in zip(total, (weight, bias), strict=True)]
@@ -84,4 +90,14 @@ def is_uniform(upstream: Tensor) -> bool:
     """One number for all tokens. Only the stride is asked on a device: reading values there would wait for it."""
     if upstream.numel() == 1 or upstream.stride(0) == 0:
         return True
-    return upstream.device.type == "cpu" and bool((upstream == upstream[0]).all())
+    return on_host(upstream) and bool((upstream == upstream[0]).all())
+
+
+def changes_nothing(upstream: Tensor) -> bool:
+    """Of a uniform upstream: no tokens, or a 1, which spares a pass over the head's gradient."""
+    return upstream.numel() == 0 or (on_host(upstream) and bool(upstream[0] == 1))
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return x.device.type == "cpu"

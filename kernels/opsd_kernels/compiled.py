@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opsd_kernels.autograd import is_uniform, targets, times, zeros
+from opsd_kernels.autograd import is_uniform, targets, times, unfilled
 from opsd_kernels.divergence import SIDES, Divergence, TopK
 from opsd_kernels.heads import Head, VocabShard
 from opsd_kernels.rows import APPROXIMATED, RESULTS, row_kernel
@@ -138,7 +138,9 @@ def _forward(
     sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
     ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
     grads = [torch.empty_like(student_hidden) if wanted[0] else None]
-    grads += [zeros(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)]
+    grads += [
+        unfilled(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)
+    ]
     with torch.autocast(student_hidden.device.type, enabled=False):
         out = sweep(ops, weights, targets(ops, *grads))
     value = out["value"].clone() if weights is None else times(weights, out["value"])
@@ -153,7 +155,9 @@ def _(student_hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -
     n = student_hidden.shape[0]
     grads = [torch.empty_like(student_hidden) if wanted[0] else student_hidden.new_empty(0)]
     for x, want in zip((weight, bias), wanted[1:], strict=True):
-        grads.append(zeros(x) if want and x is not None else student_hidden.new_empty(0))
+        grads.append(
+            x.new_empty(x.shape, dtype=torch.float32) if want and x is not None else student_hidden.new_empty(0)
+        )
     table = student_hidden.new_empty((len(results), n), dtype=torch.float32)
     return torch.empty_like(table[0]), table, *grads
 
@@ -189,7 +193,7 @@ def _backward(
             sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
             ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
             arriving = upstream.float() if weights is None else upstream.float() * weights
-            total = [zeros(like) if want else None for _, like, want in pairs]
+            total = [unfilled(like) if want else None for _, like, want in pairs]
             with torch.autocast(student_hidden.device.type, enabled=False):
                 sweep(ops, arriving.contiguous(), targets(ops, None, *total))
     weight_out, bias_out = (

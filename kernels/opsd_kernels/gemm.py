@@ -33,20 +33,18 @@ def widened(head: Tensor, scratch: Tensor | None) -> Iterator[tuple[slice, Tenso
 
 
 def logits_into(
-    outs: list[Tensor],  # each (n, V) fp32
-    hiddens: list[Tensor],  # each (n, D), fp32 or the dtype of head
+    out: Tensor,  # (n, V) fp32
+    hidden: Tensor,  # (n, D), fp32 or the dtype of head
     head: Tensor,  # (V, D)
     scratch: Tensor | None,
 ) -> None:
-    """outs[i] = hiddens[i] @ head.T, reading the head once for all of them where it has to be widened."""
+    """out = hidden @ head.T."""
     if head.is_cuda and head.dtype != torch.float32:
-        for out, hidden in zip(outs, hiddens, strict=True):
-            torch.mm(hidden.to(head.dtype), head.mT, out_dtype=torch.float32, out=out)
+        torch.mm(hidden.to(head.dtype), head.mT, out_dtype=torch.float32, out=out)
         return
-    wide = [hidden.float() for hidden in hiddens]
+    wide = hidden.float()
     for columns, block in widened(head, scratch):
-        for out, hidden in zip(outs, wide, strict=True):
-            torch.mm(hidden, block.mT, out=out[:, columns])
+        torch.mm(wide, block.mT, out=out[:, columns])
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tensor:  # (n, V), (V, D) -> (n, D)
@@ -59,9 +57,11 @@ def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tenso
     return total
 
 
-def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:  # (V, D) fp32, (n, V), (n, D)
-    """total += grad.T @ hidden."""
+def head_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:  # (V, D), (n, V), (n, D)
+    """total = grad.T @ hidden, added to what is there where `add`; in fp32."""
     if grad.dtype == torch.float32:
-        total.addmm_(grad.mT, hidden.float())
-    else:
+        total.addmm_(grad.mT, hidden.float(), beta=float(add))
+    elif add:
         torch.addmm(total, grad.mT, hidden, out_dtype=torch.float32, out=total)
+    else:
+        torch.mm(grad.mT, hidden, out_dtype=torch.float32, out=total)

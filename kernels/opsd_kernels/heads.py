@@ -114,7 +114,7 @@ class Head:
     def equals(self, other: Head) -> bool:
         """The same function of a hidden state, in the same memory."""
         same = (self.scale, self.softcap) == (other.scale, other.softcap)
-        return same and _is_same(self.weight, other.weight) and _is_same(self.bias, other.bias)
+        return same and is_same(self.weight, other.weight) and is_same(self.bias, other.bias)
 
     def finish_(self, z: Tensor, slope: Tensor | None) -> None:
         """Products (n, V) to logits in place, but for the factor; fills slope = softcap'."""
@@ -132,7 +132,7 @@ class Head:
         return max(width, min(self.largest_slice * width, budget)) if gemm.needs_widening(self.weight) else 0
 
 
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+def is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """None, the same tensor, or another view (a detached one, say) of the same memory."""
     if a is None or b is None or a is b:
         return a is b

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels import gemm
+from opsd_kernels import gemm, memory
 from opsd_kernels.chunking import MIB, ChunkCosts, ChunkPlan, plan_chunks
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.heads import Head
+from opsd_kernels.heads import Head, is_same
 from opsd_kernels.rows import RowKernel, RowOutputs, results_of
 
 SCRATCH_SHARE = 8  # one part in so many of the workspace may hold a widened block of a half-precision head
@@ -48,11 +48,11 @@ class Operands:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where gradients go; None where none is wanted."""
+    """Where gradients go, whatever was there before; None where none is wanted."""
 
-    hidden: Tensor | None  # (N, D), filled
-    weight: Tensor | None = None  # (V, D) fp32, added to
-    bias: Tensor | None = None  # (V,) fp32, added to
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None = None  # (V, D) fp32
+    bias: Tensor | None = None  # (V,) fp32
 
     def __bool__(self) -> bool:
         return not (self.hidden is None and self.weight is None and self.bias is None)
@@ -60,13 +60,17 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Workspace:
-    z_s: Tensor  # (rows, V) fp32
-    z_t: Tensor  # (rows, V) fp32
+    logits: Tensor  # (2, rows, V) fp32: z_s, and z_t or z_s - z_t
     z_remote: Tensor | None  # (rows, V) fp32, z_t on the teacher's device
     slope: Tensor | None  # (rows, V) fp32, derivative of the student's softcap
     grad: Tensor | None  # (grad_rows, V) half; None: gradients overwrite z_s
     scratch: Tensor | None  # (elements,) fp32, the widened block of a head
     scratch_remote: Tensor | None  # the same on the teacher's device
+
+    def pair(self, n: int) -> Tensor:  # (2, n, V)
+        """Logits of n tokens, contiguous: one product can fill both sides."""
+        vocab = self.logits.shape[2]
+        return self.logits.view(-1)[: 2 * n * vocab].view(2, n, vocab)
 
 
 def plan(ops: Operands, with_grad: bool) -> tuple[ChunkPlan, ChunkCosts]:
@@ -97,18 +101,27 @@ def sweep(
     scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
     for start, stop in chunks.groups():
         for first, last in chunks.chunks(start, stop):
-            target = work.z_s[: last - first] if work.grad is None else work.grad[first - start : last - start]
-            _chunk(ops, slice(first, last), work, scale, target if grads else None, out)
+            pair = work.pair(last - first)
+            target = pair[0] if work.grad is None else work.grad[first - start : last - start]
+            _chunk(ops, slice(first, last), pair, work, scale, target if grads else None, out)
         if grads:
-            collected = (work.z_s if work.grad is None else work.grad)[: stop - start]
-            _gradients(ops, slice(start, stop), collected, work.scratch, grads)
+            collected = work.pair(stop - start)[0] if work.grad is None else work.grad[: stop - start]
+            _gradients(ops, slice(start, stop), collected, work.scratch, grads, is_first=start == 0)
     return out
 
 
-def _chunk(ops: Operands, tokens: slice, work: Workspace, scale: Tensor, grad: Tensor | None, out: RowOutputs) -> None:
-    rows = slice(0, tokens.stop - tokens.start)
-    z_s, z_t, slope = work.z_s[rows], work.z_t[rows], None if work.slope is None else work.slope[rows]
-    _logits(ops, tokens, work, slope)
+def _chunk(
+    ops: Operands,
+    tokens: slice,
+    pair: Tensor,  # (2, n, V), consumed
+    work: Workspace,
+    scale: Tensor,
+    grad: Tensor | None,
+    out: RowOutputs,
+) -> None:
+    z_s, z_t = pair
+    slope = None if work.slope is None else work.slope[: len(z_s)]
+    _logits(ops, tokens, pair, work, slope)
     # the rows see one temperature; where the sides differ, _logits has brought the teacher to the student's
     divergence = replace(ops.divergence, temperature=1.0 / ops.inverse_temperatures[0], teacher_temperature=None)
     sampled = None if ops.tokens is None else ops.tokens[tokens]
@@ -118,22 +131,24 @@ def _chunk(ops: Operands, tokens: slice, work: Workspace, scale: Tensor, grad: T
         torch.mul(z_s, slope, out=grad)
 
 
-def _logits(ops: Operands, tokens: slice, work: Workspace, slope: Tensor | None) -> None:
-    """Student logits, and the teacher's, or their difference, itself one product, into z_s and z_t."""
+def _logits(ops: Operands, tokens: slice, pair: Tensor, work: Workspace, slope: Tensor | None) -> None:
+    """pair = student logits, and the teacher's, or their difference, itself a product."""
     student, teacher = ops.student_hidden[tokens], ops.teacher_hidden[tokens]
-    rows, block = len(student), _as_blocks(work.scratch, ops.head.weight)
-    z_s, z_t = work.z_s[:rows], work.z_t[:rows]
+    head, teacher_head, (z_s, z_t) = ops.head, ops.teacher_head, pair
+    block = _as_blocks(work.scratch, head.weight)
+    z = z_t if work.z_remote is None else work.z_remote[: len(teacher)]
+    if is_same(head.weight, teacher_head.weight):  # one product of both sides reads the weight once
+        second = student.float() - teacher.float() if ops.is_delta else teacher.float()
+        stacked = torch.cat([student.float(), second])
+        gemm.logits_into(pair.view(len(stacked), -1), stacked, head.weight, block)
+    else:
+        scratch = work.scratch if work.z_remote is None else work.scratch_remote
+        gemm.logits_into(z_s, student, head.weight, block)
+        gemm.logits_into(z, teacher.to(z.device), teacher_head.weight, _as_blocks(scratch, teacher_head.weight))
+    head.finish_(z_s, slope)
     if ops.is_delta:
-        difference = student.float() - teacher.float()
-        gemm.logits_into([z_s, z_t], [student, difference], ops.head.weight, block)
-        ops.head.finish_(z_s, None)
         return
-    gemm.logits_into([z_s], [student], ops.head.weight, block)
-    ops.head.finish_(z_s, slope)
-    z, scratch = (z_t, work.scratch) if work.z_remote is None else (work.z_remote[:rows], work.scratch_remote)
-    block = _as_blocks(scratch, ops.teacher_head.weight)
-    gemm.logits_into([z], [teacher.to(z.device)], ops.teacher_head.weight, block)
-    ops.teacher_head.finish_(z, None)
+    teacher_head.finish_(z, None)
     if z is not z_t:
         z_t.copy_(z)
     inverse, teacher_inverse = ops.inverse_temperatures
@@ -141,7 +156,9 @@ def _logits(ops: Operands, tokens: slice, work: Workspace, slope: Tensor | None)
         z_t.mul_(teacher_inverse / inverse)
 
 
-def _gradients(ops: Operands, tokens: slice, collected: Tensor, scratch: Tensor | None, grads: Gradients) -> None:
+def _gradients(
+    ops: Operands, tokens: slice, collected: Tensor, scratch: Tensor | None, grads: Gradients, is_first: bool
+) -> None:
     if grads.hidden is not None:
         block = _as_blocks(scratch, ops.head.weight)
         partial = gemm.hidden_gradient(collected, ops.head.weight, block)
@@ -149,9 +166,10 @@ def _gradients(ops: Operands, tokens: slice, collected: Tensor, scratch: Tensor 
             dist.all_reduce(partial, group=ops.head.shard.group)
         grads.hidden[tokens] = partial
     if grads.weight is not None:
-        gemm.add_head_gradient(grads.weight, collected, ops.student_hidden[tokens])
+        gemm.head_gradient_into(grads.weight, collected, ops.student_hidden[tokens], add=not is_first)
     if grads.bias is not None:
-        grads.bias.add_(collected.sum(0, dtype=torch.float32))
+        column_sums = collected.sum(0, dtype=torch.float32)
+        grads.bias.copy_(column_sums) if is_first else grads.bias.add_(column_sums)
 
 
 def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
@@ -161,13 +179,12 @@ def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
     elements, remote = _scratch_elements(ops), ops.teacher_head.weight.device
     capped = with_grad and ops.head.softcap is not None
     return Workspace(
-        z_s=torch.empty(chunks.rows, vocab, device=device),
-        z_t=torch.empty(chunks.rows, vocab, device=device),
-        z_remote=torch.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
-        slope=torch.empty(chunks.rows, vocab, device=device) if capped else None,
-        grad=None if in_place else torch.empty(chunks.grad_rows, vocab, device=device, dtype=grad_dtype),
-        scratch=torch.empty(elements, device=device) if elements else None,
-        scratch_remote=torch.empty(elements, device=remote) if elements and ops.is_remote else None,
+        logits=memory.empty(2, chunks.rows, vocab, device=device),
+        z_remote=memory.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
+        slope=memory.empty(chunks.rows, vocab, device=device) if capped else None,
+        grad=None if in_place else memory.empty(chunks.grad_rows, vocab, device=device, dtype=grad_dtype),
+        scratch=memory.empty(elements, device=device) if elements else None,
+        scratch_remote=memory.empty(elements, device=remote) if elements and ops.is_remote else None,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import Divergence, Head, fused_token_kl, rows
+from opsd_kernels import Divergence, Head, autograd, fused_token_kl, memory, rows
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -234,7 +234,8 @@ class Reads(TorchDispatchMode):
 @every_kind
 @frozen_or_not
 @pytest.mark.skipif(cases.INTERPRETED, reason="the torch rows stand for every row kernel's host side")
-def test_no_value_is_read_on_the_host(kind, trainable):
+def test_no_value_is_read_on_the_host(kind, trainable, monkeypatch):
+    monkeypatch.setattr(autograd, "on_host", lambda x: False)
     inputs = cases.mixture(torch.bfloat16, shared=False, n=5)
     options = {"token_weights": inputs.upstream, "divergence": cases.DIVERGENCES[kind], "trainable": trainable}
     with Reads():
@@ -337,3 +338,22 @@ def test_limits_of_jsd(backend):
     for beta, kind, factor in [(1e-4, "forward_kl", 1e4), (1 - 1e-4, "reverse_kl", 1e4)]:
         jsd = fused_token_kl(*operands, divergence=Divergence("jsd", beta=beta), backend=backend)
         torch.testing.assert_close(jsd * factor, fused_token_kl(*operands, divergence=kind), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+def test_a_uniform_upstream_scales_the_gradients():
+    """Also the 1 that the head's gradient is not multiplied by."""
+    inputs = cases.mixture(torch.float32, shared=True)
+    _, *plain = gradients("torch", inputs, torch.sum)
+    for factor in (0.5, -1.0):
+        _, *scaled = gradients("torch", inputs, lambda v, factor=factor: factor * v.sum())
+        for a, b in zip(plain, scaled, strict=True):
+            torch.testing.assert_close(a * factor, b)
+
+
+@pytest.mark.skipif(cases.INTERPRETED, reason="CPU memory")
+def test_memory_of_any_size_is_a_plain_tensor():
+    for shape in [(0, 3), (5,), (3, 1 << 20)]:
+        x = memory.empty(*shape, device=torch.device("cpu"))
+        assert x.shape == shape and x.is_contiguous() and x.dtype == torch.float32
+        assert not x.zero_().any()

@@ -1,4 +1,7 @@
-"""Accuracy on held-out rows: greedy decoding, no rationale. `python -m opsd.evaluate RUN_DIR --data rows.jsonl`."""
+"""Accuracy on held-out rows: greedy decoding, no rationale. `python -m opsd.evaluate RUN_DIR --data rows.jsonl`.
+
+`python -m opsd.evaluate mer-unibench ...` is `opsd.affect.unibench.command`.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from opsd import checkpoint
+from opsd.affect.unibench import command as mer_unibench
+from opsd.answers import answer, finished_run, load_student
 from opsd.cli import guard
-from opsd.config import load_config
 from opsd.data import Example, labelled, read_examples
 from opsd.errors import InputError, writing
-from opsd.model import LanguageModel, load_model
 from opsd.prompt_cache import PromptCache
-from opsd.prompts import Prompt, PromptBuilder, can_teach, verify
+from opsd.prompts import PromptBuilder, can_teach, verify
 from opsd.rewards import accuracy, parse_answer
-from opsd.rollout import decode, rollout
-from opsd.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,6 @@ def wilson(right: int, n: int, z: float = 1.959964) -> Accuracy:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
     # at p = 0 and p = 1 a bound equals p, but for rounding
     return Accuracy(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
-
-
-def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers, one per prompt."""
-    texts: list[str] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        texts += decode(model.tokenizer, rollout(model, batch, Sampling.greedy(max_new_tokens), [0] * len(batch)))
-    return texts
 
 
 def measure(run: Any, step: int) -> None:
@@ -79,14 +68,9 @@ def percent(result: Accuracy) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.run_dir / "config.yaml")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    last = checkpoint.newest(args.run_dir / "checkpoints")
-    if last is None:
-        raise InputError("a checkpoint to evaluate", "none", file=args.run_dir / "checkpoints")
+    config, newest = finished_run(args.run_dir)
     rows = read_examples(args.data, config.data, held_out=True)
-    model = load_model(config.model, checkpoint=last.path)
+    model = load_student(config, newest)
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     verify(prompts, rows, teacher=False)
     texts = answer(
@@ -113,12 +97,15 @@ def _write(out: Path, rows: list[Example], texts: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["mer-unibench"]:
+        return mer_unibench.main(words[1:])
     made = argparse.ArgumentParser(prog="python -m opsd.evaluate", description=__doc__, allow_abbrev=False)
     made.add_argument("run_dir", type=Path, help="a run of opsd.train; its newest checkpoint is evaluated")
     made.add_argument("--data", type=Path, required=True, help="rows (JSONL); rationales are not read")
     made.add_argument("--out", type=Path, help="answers (JSONL); default RUN_DIR/predictions-<data name>.jsonl")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return guard(run, made, argv)
+    return guard(run, made, words)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ RANKS = [
     "attention_plan attention_kernels attention decode_attention families",
     "rows data media prompts prompt_cache model plain engine rewards",
     "sampling decode rollout teacher objectives optim log",
-    "checkpoint run step evaluate report ablations",
+    "checkpoint run step report ablations answers",
     "affect",
-    "train",
+    "evaluate train",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 

@@ -1,0 +1,40 @@
+"""The student of a finished run, and its greedy answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from opsd import checkpoint
+from opsd.config import Config, load_config
+from opsd.errors import InputError
+from opsd.model import LanguageModel, load_model
+from opsd.prompts import Prompt
+from opsd.rollout import decode, rollout
+from opsd.sampling import Sampling
+
+
+def finished_run(run_dir: Path) -> tuple[Config, Path]:
+    """The config of a run directory and its newest checkpoint. Raises `InputError` when there is none."""
+    config = load_config(run_dir / "config.yaml")
+    last = checkpoint.newest(run_dir / "checkpoints")
+    if last is None:
+        raise InputError("a checkpoint to evaluate", "none", file=run_dir / "checkpoints")
+    return config, last.path
+
+
+def load_student(config: Config, checkpoint_path: Path) -> LanguageModel:
+    """The model of a checkpoint, on as many threads as the run had."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    return load_model(config.model, checkpoint=checkpoint_path)
+
+
+def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, max_new_tokens: int) -> list[str]:
+    """Greedy answers, one per prompt."""
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        texts += decode(model.tokenizer, rollout(model, batch, Sampling.greedy(max_new_tokens), [0] * len(batch)))
+    return texts

@@ -33,8 +33,8 @@ def wheel_columns(
     for i, (truth, prediction) in enumerate(zip(truths, predictions, strict=True)):
         for w, (g, p, space) in enumerate(zip(wheels.map(truth), wheels.map(prediction), spaces, strict=True)):
             if g:
-                hits = len(g & p)
-                columns[i, w] = (1, hits, hits / max(len(p), 1), hits / len(g), hits / max(len(p & space), 1))
+                hits, inside = len(g & p), len(p & space)
+                columns[i, w] = (1, hits, hits / max(len(p), 1), hits / len(g), hits / inside if inside else 0)
     return columns
 
 
@@ -57,13 +57,10 @@ def ew_f1(sums: Array) -> Array:
     return _divide(2 * p * r, p + r, otherwise=0.0).mean(-1)
 
 
-def sample_scores(columns: Array, column: int) -> list[float | None]:
-    """One score per clip: the mean over the wheels that know its truth; None where none does.
-
-    HITS gives a clip's HIT, MSCORE its m-score. The clip's EW-F1 is `sample_ew_f1`.
-    """
+def sample_hit(columns: Array) -> list[float | None]:
+    """HIT of each clip: the mean over the wheels that know its truth; None where none does."""
     known = columns[:, :, KNOWN].sum(1)
-    values = _divide(columns[:, :, column].sum(1), known, otherwise=np.nan)
+    values = _divide(columns[:, :, HITS].sum(1), known, otherwise=np.nan)
     return [float(value) if n else None for value, n in zip(values, known, strict=True)]
 
 

@@ -37,31 +37,38 @@ def _record(score: Score, source: str) -> dict[str, Any]:
         "low": 100 * low,
         "high": 100 * high,
         **{name: 100 * value for name, value in score.more.items()},
-        "clips": score.clips,
+        "clips": len(score.samples),
         "official_clips": score.dataset.clips,
         "labels": source,
     }
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Our row with intervals below it, then the published rows; a number that was not published is left out."""
+def table(record: Mapping[str, Any]) -> list[list[str]]:
+    """Header, our row, its intervals, and the published rows; a number that was not published is left empty, and a mean
+    over all nine datasets is not shown beside one over fewer."""
     names = list(record["datasets"])
-    whole = len(names) == len(DATASETS)
-    heads = [*(f"{DATASETS[name].title} ({DATASETS[name].metric})" for name in names), "mean"]
-    ours = [*(f"**{record['datasets'][name]['score']:.2f}**" for name in names), f"**{record['mean']:.2f}**"]
-    bounds = [*(_bounds(record["datasets"][name]) for name in names)]
-    lines = [
-        _line(["", *heads]),
-        _line(["---"] * (len(heads) + 1)),
-        _line([record["name"], *ours]),
-        _line(["95 % interval", *bounds, f"{record['mean_low']:.2f} - {record['mean_high']:.2f}"]),
+    entries = list(record["datasets"].values())
+    rows = [
+        ["", *(f"{DATASETS[name].title} ({DATASETS[name].metric})" for name in names), "mean"],
+        [record["name"], *(f"{entry['score']:.2f}" for entry in entries), f"{record['mean']:.2f}"],
+        [
+            "95 % interval",
+            *(f"{entry['low']:.2f} - {entry['high']:.2f}" for entry in entries),
+            f"{record['mean_low']:.2f} - {record['mean_high']:.2f}",
+        ],
     ]
+    columns = [*names, "mean" if len(names) == len(DATASETS) else ""]
     for model, scores in PUBLISHED.items():
-        shown = [*names, "mean"] if whole else names
-        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in shown]
-        if any(cells):
-            lines.append(_line([model, *cells, *[""] * (len(heads) - len(cells))]))
-    return "\n".join([*lines, "", *_notes(record)]) + "\n"
+        cells = [f"{scores[name]:.2f}" if name in scores else "" for name in columns]
+        rows += [[model, *cells]] if any(cells) else []
+    return rows
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The table and its notes."""
+    header, *rows = ([*map(str, row)] for row in table(record))
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(record))]) + "\n"
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
@@ -81,30 +88,20 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
     ]
     if mscores:
         notes.append(f"m-score (HIT over the answers inside the label groups): {', '.join(mscores)}.")
-    return [f"- {note}" for note in notes]
-
-
-def _bounds(entry: Mapping[str, Any]) -> str:
-    return f"{entry['low']:.2f} - {entry['high']:.2f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return notes
 
 
 def show(record: Mapping[str, Any]) -> None:
-    """The Markdown table, drawn for a terminal."""
+    """The table and its notes in the terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    lines = markdown(record).splitlines()
-    rows = [[cell.strip().strip("*") for cell in line.strip("| ").split(" | ")] for line in lines if line[:1] == "|"]
-    names = [*record["datasets"], "mean"]
-    table = Table("", *(DATASETS[name].title if name in DATASETS else name for name in names), title="MER-UniBench")
-    for row in rows[2:]:
-        table.add_row(*row)
-    Console(width=max(100, 14 * len(names))).print(table)
-    print("\n".join(line for line in lines if line.startswith("- ")))
+    header, *rows = table(record)
+    drawn = Table(Column(header[0], no_wrap=True), *header[1:], title="MER-UniBench")
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=max(100, 14 * len(header))).print(drawn)
+    print("\n".join(_notes(record)))
 
 
 def write(out: Path, record: Mapping[str, Any], scores: Sequence[Score]) -> None:

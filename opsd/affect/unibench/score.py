@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,12 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Score:
-    """`value` in [0, 1]; `more` has the scores that stand beside it; `replicates` those of resampled datasets."""
+    """`value` in [0, 1]; `more` has the scores that stand beside it; `replicates` those of resampled datasets;
+    `samples` one record per clip."""
 
     dataset: Dataset
     value: float
     more: dict[str, float]
-    clips: int
     replicates: Array
     samples: list[dict[str, Any]]
 
@@ -43,55 +43,39 @@ def score(
 ) -> Score:
     """truth: clip -> label, valence or labels; labels: clip -> list of labels, or sentiment (for valence)."""
     if dataset.kind == "valence":
-        columns, samples = _by_sentiment(truth, labels)
+        answers: dict[str, Any] = {name: parse_sentiment(labels[name]) for name in truth}
+        columns = metrics.sentiment_columns(list(truth.values()), list(answers.values()))
         formula, more = metrics.waf, {}
+        of_clip = [_agree(truth[name], answers[name]) for name in truth]
     else:
-        columns, samples = _by_wheels(dataset, truth, labels, wheels)
-        formula = metrics.hit if dataset.kind == "discrete" else metrics.ew_f1
-        more = {"m-score": float(metrics.m_score(columns.sum(0)))} if dataset.kind == "discrete" else {}
+        answers = {name: parse_labels(labels[name]) for name in truth}
+        columns = metrics.wheel_columns(
+            [parse_labels(value) for value in truth.values()],
+            list(answers.values()),
+            wheels,
+            label_space=sorted(set(truth.values())),
+        )
+        if dataset.kind == "discrete":
+            formula, of_clip = metrics.hit, metrics.sample_hit(columns)
+            more = {"m-score": float(metrics.m_score(columns.sum(0)))}
+        else:
+            formula, of_clip, more = metrics.ew_f1, metrics.sample_ew_f1(columns), {}
     _check(dataset, columns)
     return Score(
         dataset,
         float(formula(columns.sum(0))),
         more,
-        len(truth),
         metrics.replicates(columns, formula, bootstrap.replicates, bootstrap.seed),
-        samples,
+        [
+            {"dataset": dataset.name, "clip": name, "truth": truth[name], "answer": answers[name], "score": value}
+            for name, value in zip(truth, of_clip, strict=True)
+        ],
     )
 
 
-def _by_wheels(
-    dataset: Dataset, truth: Mapping[str, Any], labels: Mapping[str, Any], wheels: Wheels
-) -> tuple[Array, list[dict[str, Any]]]:
-    predictions = {name: parse_labels(labels[name]) for name in truth}
-    columns = metrics.wheel_columns(
-        [parse_labels(value) for value in truth.values()],
-        list(predictions.values()),
-        wheels,
-        label_space=sorted(set(truth.values())),
-    )
-    of_clip: Callable[[Array], list[float | None]] = metrics.sample_ew_f1
-    if dataset.kind == "discrete":
-        of_clip = lambda columns: metrics.sample_scores(columns, metrics.HITS)  # noqa: E731
-    samples = [
-        {"dataset": dataset.name, "clip": name, "truth": truth[name], "labels": predictions[name], "score": value}
-        for name, value in zip(truth, of_clip(columns), strict=True)
-    ]
-    return columns, samples
-
-
-def _by_sentiment(truth: Mapping[str, Any], labels: Mapping[str, Any]) -> tuple[Array, list[dict[str, Any]]]:
-    signs = {name: parse_sentiment(labels[name]) for name in truth}
-    samples = [
-        {
-            "clip": name,
-            "truth": value,
-            "sentiment": signs[name],
-            "score": None if value == 0 else float((value > 0) == (signs[name] > 0)),
-        }
-        for name, value in truth.items()
-    ]
-    return metrics.sentiment_columns(list(truth.values()), list(signs.values())), samples
+def _agree(valence: float, sentiment: int) -> float | None:
+    """Whether both are positive or neither is; None for a valence of 0, which WAF leaves out."""
+    return None if valence == 0 else float((valence > 0) == (sentiment > 0))
 
 
 def _check(dataset: Dataset, columns: Array) -> None:

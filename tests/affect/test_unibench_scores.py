@@ -195,7 +195,9 @@ def test_lists_are_read_as_the_official_script_reads_them(value, labels):
         ("awed", (None, "joyful", "joyful", "joyful", "happy")),
         ("downs", ("dark", "low", "low", "heavy", "sad")),  # a form of two base words
         ("upbeat", ("bright", "joyful", "joyful", "joyful", "happy")),
-        ("JOYS", ("bright", "joyful", "joyful", "joyful", "happy")),
+        ("joys", ("bright", "joyful", "joyful", "quick", "happy")),  # calm, then happy
+        ("merry", ("bright", "joyful", "worn", "joyful", "happy")),  # drained, then happy
+        ("JOYS", ("bright", "joyful", "joyful", "quick", "happy")),
         ("unlisted", (None, None, None, None, None)),
         ("Happy", (None, None, None, None, None)),  # words are lower-cased before they are looked up
     ],

@@ -57,6 +57,8 @@ _WORDS = sorted({cell.lower().strip() for wheel in WHEELS for row in wheel for c
 # wheel word -> per run its synonyms; "fear" is said to be a synonym of "awed", so it goes where "awed" goes
 SYNONYMS: dict[str, list[Any]] = {word: [f"['{word}']"] * 8 for word in _WORDS} | {
     "awed": ["['fear', 'dread']", "[wonder]", "", *["[]"] * 5],
+    "calm": ["['joy']", *["[]"] * 7],
+    "drained": ["['merry']", *["[]"] * 7],
     "happy": ["['joy', 'delight']", "delight, merry", *["['Upbeat ']"] * 6],
     "sad": ["[down]", *["['blue', \"low spirits\"]"] * 7],
     "anger": ["['angry','ire']", *["[angry]"] * 7],

@@ -33,7 +33,11 @@ class Extractor(Protocol):
 
 class Lexicon:
     """Labels are the surface forms of the wheels that occur in the first non-empty answer block, or, without one, in
-    the whole response; the longest form wins, order is that of the text, and a form that is negated does not count."""
+    the whole response; the longest form wins, order is that of the text, and a form that is negated does not count.
+
+    The official tables have everyday words ("clear", "close"), so free text without an answer block gets labels that a
+    second model would not give.
+    """
 
     name = "lexicon"
 

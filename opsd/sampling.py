@@ -39,7 +39,7 @@ class Sampling:
             config.temperature,
             config.top_p,
             config.top_k,
-            getattr(config, "min_p", 0.0),
+            config.min_p,
         )
 
     @staticmethod
@@ -63,7 +63,7 @@ def choose(
     token:   the likeliest at temperature 0, else the first, in the order of ids, whose cumulative probability exceeds
              `uniform` under softmax(keep(logits / temperature)).
     logprob: log softmax(logits)[token] over the whole vocabulary, before temperature, filters and suppression: what
-             `opsd.objectives.logprobs.token_logprobs` and the divergence's statistics compute for the same weights,
+             `opsd.objectives.logprobs.token_logprobs` and the statistics of the divergence make of the same logits,
              so that the importance ratio of a response that was just sampled is 1.
 
     Probabilities are fp32. Their sums over blocks are accumulated in fp64, because an fp32 running sum over 150k ids
@@ -91,8 +91,8 @@ def keep(
     """Top-k, then top-p of what is left, then min-p of what is left: the order and the sets of transformers.
 
     top-k: all that is no less than the k-th largest, so a tie there keeps more than k.
-    top-p: ids leave from the least likely upwards while their cumulative probability is <= 1 - top_p; of equal ones
-           the smaller id leaves first; one id always stays.
+    top-p: ids leave from the least likely upwards while their cumulative probability is <= 1 - top_p; one always
+           stays. Of equal ones the smaller id leaves first, which transformers leaves to its sort.
     min-p: probability no less than min_p times the largest.
     """
     if sampling.top_k is not None:

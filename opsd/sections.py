@@ -147,11 +147,14 @@ class RolloutConfig(Section):
     group_size: int = Field(default=4, ge=1, description="G, responses sampled per prompt.")
     max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="Longest response (tokens).")
     temperature: Float = Field(default=1.0, gt=0, description="Sampling temperature.")
+    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
     top_p: Float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
+    min_p: Float = Field(
+        default=0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest; 0 keeps all."
+    )
     slots: int = Field(
         default=64, ge=1, description="Responses decoded at a time; the next takes a finished one's slot."
     )
-    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
 
 
 class TeacherConfig(Section):

@@ -1,4 +1,4 @@
-"""Sampling: greedy equals generate, frequencies pass chi-square, seeds do not depend on the batch."""
+"""Rollouts: greedy equals generate, a response depends on its seed and not on the batch, log-probs are pi's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from opsd.engine import response_hidden
 from opsd.model import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
+from opsd.responses import Responses
 from opsd.rollout import decode, rollout
-from opsd.sampling import Sampling, choose
+from opsd.sampling import Sampling
 from tests.jobs import text_job
 
 
@@ -21,6 +22,10 @@ def setting(tmp_path_factory):
     model = load_model(config.model)
     builder = PromptBuilder(model.processor, config.prompts, config.media)
     return model, [builder.student(e) for e in read_examples(config.data.train, config.data)]
+
+
+def token_lists(responses: Responses) -> list[list[int]]:
+    return [row[:n] for row, n in zip(responses.tokens.tolist(), responses.lengths, strict=True)]
 
 
 def test_greedy_equals_generate_token_for_token(setting):
@@ -33,15 +38,18 @@ def test_greedy_equals_generate_token_for_token(setting):
         assert tokens[:length].tolist() == out[0, prompt.length :].tolist()
 
 
-def test_a_response_depends_on_its_seed_and_not_on_the_batch(setting):
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02}])
+def test_a_response_depends_on_its_seed_and_not_on_the_batch(setting, options):
     model, prompts = setting
-    together = rollout(model, prompts[:4], Sampling(3, 8), [5, 6, 7, 8])
-    alone = rollout(model, prompts[2:3], Sampling(3, 8), [7])
-    for g in range(3):
-        n = alone.lengths[g]
-        assert together.lengths[6 + g] == n
-        assert together.tokens[6 + g, :n].tolist() == alone.tokens[g, :n].tolist()
-    assert rollout(model, prompts[2:3], Sampling(3, 8), [9]).tokens.tolist() != alone.tokens.tolist()
+    sampling, order = Sampling(3, 8, **options), [2, 0, 3, 1]
+    together = token_lists(rollout(model, prompts[:4], sampling, [5, 6, 7, 8]))
+    shuffled = token_lists(rollout(model, [prompts[i] for i in order], sampling, [5 + i for i in order]))
+    assert shuffled == [together[3 * i + g] for i in order for g in range(3)]
+    alone = token_lists(rollout(model, prompts[2:3], sampling, [7]))
+    assert alone == together[6:9]
+    assert token_lists(rollout(model, prompts[2:3], sampling, [9])) != alone
+    fewer = token_lists(rollout(model, prompts[2:3], Sampling(1, 4, **options), [7]))
+    assert fewer[0] == alone[0][:4]
 
 
 def test_special_ids_and_padded_vocabulary_are_never_sampled(setting):
@@ -62,39 +70,6 @@ def test_responses_end_with_the_end_token_or_at_the_limit(setting):
         assert end not in tokens[: n - 1]
         assert all(t == model.pad_id for t in tokens[n:])
     assert all("<end>" not in text for text in decode(model.tokenizer, out))
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(1, 1), Sampling(1, 1, temperature=0.5), Sampling(1, 1, top_k=3), Sampling(1, 1, top_p=0.6)],
-    ids=["plain", "temperature", "top_k", "top_p"],
-)
-def test_sampled_frequencies_pass_chi_square(sampling):
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-    probability = (logits / sampling.temperature).softmax(0)
-    if sampling.top_k:
-        probability[sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        before = probability.cumsum(0) - probability
-        probability[before >= sampling.top_p] = 0
-    probability = probability / probability.sum()
-    n = 20000
-    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    counts = (
-        choose(logits.repeat(n, 1), uniform, sampling, torch.empty(0, dtype=torch.long))[0]
-        .bincount(minlength=6)
-        .double()
-    )
-    kept = probability > 0
-    assert counts[~kept].sum() == 0
-    statistic = ((counts - n * probability)[kept] ** 2 / (n * probability[kept])).sum().item()
-    assert statistic < 20.5  # 0.1 % point of chi-square with 5 degrees of freedom
-
-
-def test_extreme_uniforms_stay_inside_the_vocabulary():
-    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).repeat(2, 1)
-    uniform = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert choose(logits, uniform, Sampling(1, 1), torch.empty(0, dtype=torch.long))[0].tolist() == [0, 2]
 
 
 def test_token_logprobs_equal_log_softmax_at_any_chunk(setting):

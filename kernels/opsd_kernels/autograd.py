@@ -26,8 +26,7 @@ class TokenKL(torch.autograd.Function):
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         ctx.hidden_grad = torch.empty_like(student_hidden) if wanted[0] else None
         ctx.weight_grad, ctx.bias_grad = (unfilled(x) if want else None for x, want in pairs(weight, bias, wanted))
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
+        out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
         value = out["value"].clone() if weights is None else times(weights, out["value"])
         if any(wanted[1:]):  # only a second pass reads them
             ctx.ops, ctx.weights = ops, weights
@@ -71,7 +70,7 @@ def targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: T
 
 
 def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,)
-    student_hidden, weight, bias = ctx.saved_tensors
+    _, weight, bias = ctx.saved_tensors
     kept = [ctx.weight_grad, ctx.bias_grad]
     ctx.weight_grad = ctx.bias_grad = None  # scaled in place, hence once
     first = any(x is not None for x in kept)
@@ -81,8 +80,7 @@ def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) 
         weights = upstream.float() if ctx.weights is None else upstream.float() * ctx.weights
         kept.clear()  # before their successors are made
         total = [unfilled(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
+        sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
     return [None if x is None else x.to(like.dtype) for x, like in zip(total, (weight, bias), strict=True)]
 
 

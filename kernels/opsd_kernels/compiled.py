@@ -141,8 +141,7 @@ def _forward(
     grads += [
         unfilled(x) if want and x is not None else None for x, want in zip((weight, bias), wanted[1:], strict=True)
     ]
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        out = sweep(ops, weights, targets(ops, *grads))
+    out = sweep(ops, weights, targets(ops, *grads))
     value = out["value"].clone() if weights is None else times(weights, out["value"])
     hidden_grad, weight_grad, bias_grad = (student_hidden.new_empty(0) if x is None else x for x in grads)
     return value, out.table, hidden_grad, weight_grad, bias_grad
@@ -194,8 +193,7 @@ def _backward(
             ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
             arriving = upstream.float() if weights is None else upstream.float() * weights
             total = [unfilled(like) if want else None for _, like, want in pairs]
-            with torch.autocast(student_hidden.device.type, enabled=False):
-                sweep(ops, arriving.contiguous(), targets(ops, None, *total))
+            sweep(ops, arriving.contiguous(), targets(ops, None, *total))
     weight_out, bias_out = (
         (kept.clone() if x is None else x).to(like.dtype if want else kept.dtype)
         for x, (kept, like, want) in zip(total, pairs, strict=True)

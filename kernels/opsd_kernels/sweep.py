@@ -1,5 +1,7 @@
 """One pass over all tokens in chunks: logits, row kernel, gradient GEMMs. The only place where [rows, V] exists."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,15 +101,24 @@ def sweep(
     out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)
     scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
-    for start, stop in chunks.groups():
-        for first, last in chunks.chunks(start, stop):
-            pair = work.pair(last - first)
-            target = pair[0] if work.grad is None else work.grad[first - start : last - start]
-            _chunk(ops, slice(first, last), pair, work, scale, target if grads else None, out)
-        if grads:
-            collected = work.pair(stop - start)[0] if work.grad is None else work.grad[: stop - start]
-            _gradients(ops, slice(start, stop), collected, work.scratch, grads, is_first=start == 0)
+    with _autocast_off(ops):
+        for start, stop in chunks.groups():
+            for first, last in chunks.chunks(start, stop):
+                pair = work.pair(last - first)
+                target = pair[0] if work.grad is None else work.grad[first - start : last - start]
+                _chunk(ops, slice(first, last), pair, work, scale, target if grads else None, out)
+            if grads:
+                collected = work.pair(stop - start)[0] if work.grad is None else work.grad[: stop - start]
+                _gradients(ops, slice(start, stop), collected, work.scratch, grads, is_first=start == 0)
     return out
+
+
+@contextmanager
+def _autocast_off(ops: Operands) -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in {head.weight.device.type for head in (ops.head, ops.teacher_head)}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _chunk(

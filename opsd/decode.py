@@ -6,35 +6,61 @@ A slot is a place for one running response, a lane a place for one prompt that i
     columns  per layer (slots, capacity, Hkv, d)         one column per decoded token
 
 A slot's token attends to its lane and to its own columns, merged by their log-sum-exps. A step asks the device for
-nothing, and for given slots, lanes and columns its shapes never change, so that it can be captured in a CUDA graph.
+nothing, writes into tensors that stay where they are, and has shapes that only change when slots, lanes or the
+capacity do, so that it can be captured in a CUDA graph (opsd/graphs.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opsd.attention import merge
 from opsd.decode_attention import attend_rows
+from opsd.draw import Draw
 from opsd.engine import Stored
 from opsd.model import LanguageModel
+from opsd.sampling import Sampling
 
 _FIRST_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a decode loop has room for."""
+
+    slots: int
+    lanes: int
+    longest_prompt: int
+    responses: int
+
+    def rounded(self) -> Room:
+        """Up, so that the steps of a run share their buffers and graphs."""
+        return Room(self.slots, self.lanes, -(-self.longest_prompt // 256) * 256, -(-self.responses // 64) * 64)
 
 
 class Slots:
     """The state of all slots on the device, and one step of the model on it."""
 
-    def __init__(self, model: LanguageModel, slots: int, lanes: int, longest_prompt: int, like: Stored):
-        self.model, device = model, model.device
-        self.lane_of = torch.zeros(slots, dtype=torch.long, device=device)
-        self.start = torch.zeros(slots, dtype=torch.long, device=device)  # position of a response's first token
-        self.fed = torch.zeros(slots, dtype=torch.long, device=device)  # tokens of it the model has seen
-        self.hidden = like.last_hidden.new_zeros(slots, len(like.last_hidden))  # predicts the next token
-        self.lane_lengths = torch.ones(lanes, dtype=torch.long, device=device)
-        self.lanes = [_pair(keys, lanes, longest_prompt) for keys in like.keys]
-        self.columns = [_pair(keys, slots, _FIRST_COLUMNS) for keys in like.keys]
-        self.grid = self.cell = torch.zeros(0, dtype=torch.long, device=device)
+    def __init__(self, model: LanguageModel, room: Room, sampling: Sampling, like: Stored):
+        self.model, self.room, device = model, room, model.device
+        self.draw = Draw(model, sampling, room.responses)
+        self.row = torch.full((room.slots,), room.responses, device=device)  # its response; `responses`: nobody's
+        self.token = torch.zeros_like(self.row)  # drawn, not yet seen by the model
+        self.fed = torch.zeros_like(self.row)  # tokens the model has seen
+        self.start = torch.zeros_like(self.row)  # position of the response's first token
+        self.lane_lengths = torch.ones(room.lanes, dtype=torch.long, device=device)
+        self.lanes = [_pair(keys, room.lanes, room.longest_prompt) for keys in like.keys]
+        self.columns = [_pair(keys, room.slots, _FIRST_COLUMNS) for keys in like.keys]
+        self.grid = torch.zeros(room.lanes, 1, dtype=torch.long, device=device)  # (lanes, width) the slots of a lane
+        self.cell = torch.zeros_like(self.row)  # place of a slot in the flattened grid
+
+    @property
+    def capacity(self) -> int:
+        return self.columns[0][0].shape[1]
 
     def let_in(self, lane: int, stored: Stored) -> None:
         """Copy a computed prompt into a lane."""
@@ -44,35 +70,49 @@ class Slots:
             values[lane, :length] = v.transpose(0, 1)
         self.lane_lengths[lane] = length
 
-    def begin(self, slot: int, lane: int, stored: Stored) -> None:
-        """Start a response in a slot."""
-        self.lane_of[slot], self.start[slot], self.fed[slot] = lane, stored.next_position, 0
-        self.hidden[slot] = stored.last_hidden
+    def begin(self, slots: Sequence[int], responses: Sequence[int], prompts: Sequence[Stored]) -> None:
+        """Start responses in slots: their first tokens are drawn from what their prompts predict."""
+        device = self.row.device
+        at, rows = torch.tensor(slots).to(device), torch.tensor(responses).to(device)
+        token, ends = self.draw.next(torch.stack([one.last_hidden for one in prompts]), rows, torch.zeros_like(rows))
+        self.token[at] = token
+        self.row[at] = rows.masked_fill(ends, self.room.responses)
+        self.start[at] = torch.tensor([one.next_position for one in prompts]).to(device)
+        self.fed[at] = 0
 
-    def arrange(self, slots_of_lanes: list[list[int]]) -> None:
-        """Say which slots share which lane; lanes without slots are in the list, those behind the last are not."""
+    def arrange(self, slots_of_lanes: list[list[int]], fixed: bool) -> None:
+        """Say which slots share which lane. fixed: keep the grid's shape whatever is running, for a captured step."""
         width = max(map(len, slots_of_lanes))
+        if fixed:
+            width = max(width, self.grid.shape[1])
+            slots_of_lanes = slots_of_lanes + [[]] * (self.room.lanes - len(slots_of_lanes))
         grid = [slots + [slots[0] if slots else 0] * (width - len(slots)) for slots in slots_of_lanes]
-        cell = [0] * len(self.fed)
+        cell = [0] * len(self.row)
         for lane, slots in enumerate(slots_of_lanes):
             for place, slot in enumerate(slots):
                 cell[slot] = lane * width + place
-        self.grid = torch.tensor(grid).to(self.fed.device)  # (lanes, width) slots
-        self.cell = torch.tensor(cell).to(self.fed.device)  # (slots,) place in the flattened grid
+        self.grid = _into(self.grid, torch.tensor(grid))
+        self.cell = _into(self.cell, torch.tensor(cell))
 
-    def feed(self, tokens: Tensor, columns: int) -> None:
-        """Run the model on a token (slots,) of each; no slot has more than `columns` tokens then."""
-        while self.columns[0][0].shape[1] < columns:
+    def reserve(self, columns: int) -> None:
+        """Room for so many tokens per slot."""
+        while self.capacity < columns:
             self.columns = [(_doubled(keys), _doubled(values)) for keys, values in self.columns]
+
+    def step(self, columns: int) -> None:
+        """Show the model every slot's token and draw the next one; no slot has been shown more than `columns` then."""
         positions = (self.start + self.fed).expand(self.model.axes, -1)
-        self.hidden.copy_(self.model.forward_packed(tokens[None], positions, {}, StepKV(self, columns)))
+        hidden = self.model.forward_packed(self.token[None], positions, {}, StepKV(self, columns))
+        self.fed.add_(self.row < self.room.responses)
+        token, ends = self.draw.next(hidden, self.row, self.fed)
+        self.token.copy_(token)
+        self.row.masked_fill_(ends, self.room.responses)
 
     def keep(self, chosen: list[int]) -> None:
         """Go on with these slots only; `arrange` must follow."""
-        index = torch.tensor(chosen).to(self.fed.device)
-        self.lane_of, self.start, self.fed, self.hidden = (
-            x.index_select(0, index) for x in (self.lane_of, self.start, self.fed, self.hidden)
-        )
+        index = torch.tensor(chosen).to(self.row.device)
+        self.row, self.token, self.fed, self.start = (x[index] for x in (self.row, self.token, self.fed, self.start))
+        self.cell = self.cell[index]
         self.columns = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.columns]
 
 
@@ -121,3 +161,8 @@ def _pair(like: Tensor, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 def _doubled(columns: Tensor) -> Tensor:
     return torch.cat([columns, torch.zeros_like(columns)], 1)
+
+
+def _into(target: Tensor, values: Tensor) -> Tensor:
+    """The values, where the target lies if they have its shape."""
+    return target.copy_(values) if target.shape == values.shape else values.to(target.device)

@@ -1,7 +1,7 @@
 """Sampling from the student's own view: G responses per prompt, on the weights that are being trained.
 
-Every prompt is computed once for its G responses. At most `slots` responses run at a time; when one ends the next one
-takes its slot, so that a long response holds up nobody.
+Every prompt is computed once for its G responses. At most `slots` responses run at a time; when some have ended the
+next ones take their slots, so that a long response holds up nobody.
 """
 
 from __future__ import annotations
@@ -12,39 +12,61 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opsd import plain
-from opsd.decode import Slots
+from opsd.decode import Room, Slots
+from opsd.draw import Draw
 from opsd.engine import Stored, prefill
+from opsd.graphs import Graphs
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.responses import Responses
-from opsd.sampling import Sampling, choose, uniforms
+from opsd.sampling import Sampling
 
 # On an accelerator "who has finished?" is asked once in so many tokens: asking waits for the device.
 _TOKENS_BETWEEN_CHECKS = 16
-_IDLE = 0.25  # share of idle slots at which the others go on without them (CPU)
+_IDLE = 0.25  # share of idle slots worth a pass over waiting prompts; on a CPU, worth going on without them
 
 
-@torch.no_grad()
-def rollout(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    seeds: Sequence[int],  # one per prompt
-    slots: int = 64,
-    share_prefix: bool = True,
-) -> Responses:
-    """G responses for each of B prompts; a response ends with an end token or at max_new_tokens.
+class Rollouts:
+    """A model that answers. On CUDA it keeps its buffers from call to call, and the graphs captured on them.
 
-    The random number behind token t of response g is a function of (its prompt's seed, g, t) alone, so a response does
-    not depend on what else is in the batch, nor on `slots`.
+    slots: responses decoded at a time. graphs: capture decode steps (CUDA only). share_prefix: False is the plain twin.
     """
-    with model.mode(train=False):
-        if not share_prefix:
-            return _plain(model, prompts, sampling, seeds)
-        return _Loop(model, prompts, sampling, seeds, slots).run()
+
+    def __init__(self, model: LanguageModel, slots: int = 64, graphs: bool = True, share_prefix: bool = True):
+        self.model, self.slots, self.share_prefix = model, slots, share_prefix
+        self.graphs = graphs and model.device.type == "cuda"
+        self._kept: tuple[tuple[Room, Sampling], Slots, Graphs] | None = None
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
+        """G responses for each of B prompts; a response ends with an end token or at max_new_tokens.
+
+        seeds: one per prompt. The random number behind token t of response g is a function of (its prompt's seed, g, t)
+        alone, so a response does not depend on what else is in the batch, nor on `slots`.
+        """
+        with self.model.mode(train=False):
+            if not self.share_prefix:
+                return _plain(self.model, prompts, sampling, seeds)
+            return _Loop(self, prompts, sampling, seeds).run()
+
+    def board(self, room: Room, sampling: Sampling, like: Stored) -> tuple[Slots, Graphs]:
+        """Device tensors with this much room."""
+        if self.model.device.type != "cuda":
+            return Slots(self.model, room, sampling, like), Graphs()
+        key = room.rounded(), sampling
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory goes first
+            self._kept = key, Slots(self.model, key[0], sampling, like), Graphs()
+        return self._kept[1:]
+
+
+def rollout(
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], **options: Any
+) -> Responses:
+    """One call of `Rollouts`, whose options these are."""
+    return Rollouts(model, **options)(prompts, sampling, seeds)
 
 
 def decode(tokenizer: Any, responses: Responses) -> list[str]:
@@ -53,177 +75,142 @@ def decode(tokenizer: Any, responses: Responses) -> list[str]:
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-class Draw:
-    """From hidden states to tokens, and the record of what was drawn. R responses; row R takes what nobody wants."""
-
-    def __init__(self, model: LanguageModel, sampling: Sampling, responses: int):
-        device = model.device
-        self.sampling, self.responses = sampling, responses
-        self.head = model.head.detach()
-        self.end = torch.tensor(model.end_ids, device=device)
-        self.suppressed = torch.tensor(model.suppressed_ids, device=device, dtype=torch.long)
-        shape = responses + 1, sampling.max_new_tokens
-        self.tokens = torch.full(shape, model.pad_id, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.lengths = torch.zeros(responses + 1, dtype=torch.long, device=device)
-
-    def next(self, hidden: Tensor, rows: Tensor, at: Tensor, seeds: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B,) of responses `rows` at places `at`, recorded; and whether each response ends with its token."""
-        logits = torch.nn.functional.linear(hidden, self.head.to(hidden.dtype)).float()
-        token, logprob = choose(logits, uniforms(seeds, g, at), self.sampling, self.suppressed)
-        self.tokens[rows, at] = token
-        self.logprobs[rows, at] = logprob
-        self.lengths[rows] = at + 1
-        return token, torch.isin(token, self.end) | (at + 1 >= self.sampling.max_new_tokens)
-
-    def read(self, owners: Sequence[int]) -> Responses:
-        lengths = self.lengths[:-1].tolist()
-        width = max(lengths, default=0)
-        return Responses(self.tokens[:-1, :width], tuple(lengths), tuple(owners), self.logprobs[:-1, :width])
-
-
 @dataclass
 class _Lane:
     """A prompt that is being answered."""
 
-    stored: Stored
+    place: int
+    stored: Stored  # without its keys: the lane has them
     left: int  # responses of it that have not ended
 
 
 class _Loop:
     """Who runs where. The host decides between steps; the device does the steps."""
 
-    def __init__(
-        self, model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], slots: int
-    ):
-        self.model, self.prompts, self.group = model, prompts, sampling.group_size
+    def __init__(self, owner: Rollouts, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]):
+        self.owner, self.model, self.prompts = owner, owner.model, prompts
+        self.sampling, self.seeds, self.group = sampling, seeds, sampling.group_size
+        self.on_cpu = self.model.device.type == "cpu"
         total = len(prompts) * self.group
-        count = min(slots, total)
-        self.draw = Draw(model, sampling, total)
+        count = min(owner.slots, total)
         self.waiting = deque(range(total))  # responses, prompt by prompt
         self.lanes: dict[int, _Lane] = {}  # by prompt
-        self.lane_of: dict[int, int] = {}  # of each prompt that has one
         self.free_lanes = list(range(min(len(prompts), 2 * -(-count // self.group))))
-        self.lane_count = len(self.free_lanes)
+        self.room = Room(count, len(self.free_lanes), max(prompt.length for prompt in prompts), total)
         self.held: list[int | None] = [None] * count  # the response in each slot
-        self.age = [0] * count  # tokens drawn since it began, at most
-        every = torch.arange(total + 1, device=model.device)
-        self.g = every % self.group
-        self.seeds = torch.tensor([*seeds, 0], device=model.device)[every // self.group]
-        self.row = torch.full((count,), total, device=model.device)  # the response in each slot; total: nobody's
+        self.shown = [0] * count  # its tokens that the model has seen, at most
         self.slots: Slots | None = None
+        self.graphs = Graphs()
 
     def run(self) -> Responses:
-        step = 0
+        steps = 0
         while self._let_in():
-            slots = self.slots
+            slots, running = self.slots, self._running()
             assert slots is not None
-            token, ends = self.draw.next(slots.hidden, self.row, slots.fed, self.seeds[self.row], self.g[self.row])
-            self.row.masked_fill_(ends, self.draw.responses)
-            self.age = [age + 1 for age in self.age]
-            step += 1
-            if self.model.device.type == "cpu" or step % _TOKENS_BETWEEN_CHECKS == 0:
+            columns = 1 + max(self.shown[slot] for slot in running)
+            slots.reserve(columns)
+            if self.owner.graphs:
+                key = slots.capacity, tuple(slots.grid.shape)
+                self.graphs.run(key, lambda: slots.step(slots.capacity))  # noqa: B023 - it is called at once
+            else:
+                slots.step(columns)
+            self.shown = [shown + 1 for shown in self.shown]
+            steps += 1
+            if self.on_cpu or steps % _TOKENS_BETWEEN_CHECKS == 0:
                 self._retire()
-            if not self._running():
-                continue
-            token = self._compact(token)
-            slots.feed(token, max(self.age[slot] for slot in self._running()))
-            slots.fed.add_(self.row < self.draw.responses)
-        return self.draw.read([i // self.group for i in range(self.draw.responses)])
+        assert self.slots is not None
+        return self.slots.draw.read(len(self.prompts))
 
     def _running(self) -> list[int]:
         return [slot for slot, response in enumerate(self.held) if response is not None]
 
     def _let_in(self) -> bool:
-        """Give free slots to waiting responses, when enough are free to be worth a pass; False when all is done."""
+        """Give free slots to waiting responses, once there are enough of them; False when all is done."""
         free = [slot for slot, response in enumerate(self.held) if response is None]
-        if self.waiting and (len(free) >= _IDLE * len(self.held)):
-            entering: list[tuple[int, int]] = []
-            fresh: list[int] = []
-            for slot in free:
-                if not self.waiting:
-                    break
-                prompt = self.waiting[0] // self.group
-                if prompt not in self.lane_of:
-                    if not self.free_lanes:
-                        break
-                    self.lane_of[prompt] = self.free_lanes.pop(0)
-                    fresh.append(prompt)
-                entering.append((slot, self.waiting.popleft()))
-            self._open_lanes(fresh)
-            for slot, response in entering:
-                self._begin(slot, response)
-            if entering:
-                self._arrange()
+        while self.waiting and len(free) >= _IDLE * len(self.held):
+            entering = self._next(free)
+            if not entering:
+                break
+            self._begin(entering)
+            self._retire()  # a first token may be the last
+            free = [slot for slot, response in enumerate(self.held) if response is None]
         return bool(self._running())
+
+    def _next(self, free: list[int]) -> list[tuple[int, int]]:
+        """Slots and the responses that get them; prompts among them that are new get lanes."""
+        entering: list[tuple[int, int]] = []
+        fresh: list[int] = []
+        for slot in free:
+            if not self.waiting:
+                break
+            prompt = self.waiting[0] // self.group
+            if prompt not in self.lanes and prompt not in fresh:
+                if len(fresh) == len(self.free_lanes):
+                    break
+                fresh.append(prompt)
+            entering.append((slot, self.waiting.popleft()))
+        self._open_lanes(fresh)
+        return entering
 
     def _open_lanes(self, fresh: list[int]) -> None:
         if not fresh:
             return
         for prompt, stored in zip(fresh, prefill(self.model, [self.prompts[i] for i in fresh]), strict=True):
             if self.slots is None:
-                longest = max(prompt.length for prompt in self.prompts)
-                self.slots = Slots(self.model, len(self.held), self.lane_count, longest, stored)
-            self.slots.let_in(self.lane_of[prompt], stored)
-            # the lane has the keys now; what starts a response is all that is still wanted
-            self.lanes[prompt] = _Lane(replace(stored, keys=[], values=[]), self.group)
+                self.slots, self.graphs = self.owner.board(self.room, self.sampling, stored)
+                self.slots.draw.reset(self.seeds)
+            lane = self.lanes[prompt] = _Lane(self.free_lanes.pop(0), replace(stored, keys=[], values=[]), self.group)
+            self.slots.let_in(lane.place, stored)
 
-    def _begin(self, slot: int, response: int) -> None:
+    def _begin(self, entering: list[tuple[int, int]]) -> None:
         assert self.slots is not None
-        prompt = response // self.group
-        self.slots.begin(slot, self.lane_of[prompt], self.lanes[prompt].stored)
-        self.held[slot], self.age[slot] = response, 0
-        self.row[slot] = response
+        slots, responses = map(list, zip(*entering, strict=True))
+        self.slots.begin(slots, responses, [self.lanes[i // self.group].stored for i in responses])
+        for slot, response in entering:
+            self.held[slot], self.shown[slot] = response, 0
+        self._arrange()
 
     def _retire(self) -> None:
-        """Free the slots of responses that have ended, and lanes without responses."""
-        for slot, row in enumerate(self.row.tolist()):
+        """Free the slots of responses that have ended, and lanes without responses; on a CPU, drop idle slots."""
+        assert self.slots is not None
+        for slot, row in enumerate(self.slots.row.tolist()):
             response = self.held[slot]
             if response is None or row == response:
                 continue
             self.held[slot] = None
-            lane = self.lanes[response // self.group]
-            lane.left -= 1
-            if not lane.left:
-                self.free_lanes.append(self.lane_of.pop(response // self.group))
-                del self.lanes[response // self.group]
-
-    def _compact(self, token: Tensor) -> Tensor:
-        """On a CPU, where time is computed rows, go on without idle slots once nobody waits for them."""
+            prompt = response // self.group
+            self.lanes[prompt].left -= 1
+            if not self.lanes[prompt].left:
+                self.free_lanes.append(self.lanes.pop(prompt).place)
         running = self._running()
-        if self.waiting or self.model.device.type != "cpu" or len(running) > (1 - _IDLE) * len(self.held):
-            return token
-        assert self.slots is not None
-        self.slots.keep(running)
-        self.held, self.age = [self.held[i] for i in running], [self.age[i] for i in running]
-        self.row = self.row[running]
-        self._arrange()
-        return token[running]
+        if self.on_cpu and not self.waiting and 0 < len(running) <= (1 - _IDLE) * len(self.held):
+            self.slots.keep(running)
+            self.held, self.shown = [self.held[i] for i in running], [self.shown[i] for i in running]
+            self._arrange()
 
     def _arrange(self) -> None:
         assert self.slots is not None
-        lanes: list[list[int]] = [[] for _ in range(max(self.lane_of.values()) + 1)]
-        for slot in self._running():
-            response = self.held[slot]
-            assert response is not None
-            lanes[self.lane_of[response // self.group]].append(slot)
-        self.slots.arrange(lanes)
+        lanes: list[list[int]] = [[] for _ in range(1 + max(lane.place for lane in self.lanes.values()))]
+        for slot, response in enumerate(self.held):
+            if response is not None:
+                lanes[self.lanes[response // self.group].place].append(slot)
+        self.slots.arrange(lanes, fixed=not self.on_cpu)
 
 
 def _plain(model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
     """The plain twin: every response with a prompt of its own, transformers' cache, all rows to the end."""
-    group = sampling.group_size
-    rows = torch.arange(len(prompts) * group, device=model.device)
-    seeds_of, g = torch.tensor(seeds, device=model.device)[rows // group], rows % group
-    draw = Draw(model, sampling, len(rows))
-    prefix = plain.prefill(model, [prompt for prompt in prompts for _ in range(group)])
-    hidden, row = prefix.last_hidden, rows
-    seen = torch.ones(len(rows), 0, dtype=torch.bool, device=model.device)
+    owners = [prompt for prompt in prompts for _ in range(sampling.group_size)]
+    count = len(owners)
+    draw = Draw(model, sampling, count)
+    draw.reset(seeds)
+    prefix = plain.prefill(model, owners)
+    hidden, row = prefix.last_hidden, torch.arange(count, device=model.device)
+    seen = torch.ones(count, 0, dtype=torch.bool, device=model.device)
     for step in range(sampling.max_new_tokens):
-        token, ends = draw.next(hidden, row, torch.full_like(rows, step), seeds_of, g)
-        seen = torch.cat([seen, (row < len(rows))[:, None]], 1)
-        row = row.masked_fill(ends, len(rows))
-        if not bool((row < len(rows)).any()):
+        token, ends = draw.next(hidden, row, torch.full_like(row, step))
+        seen = torch.cat([seen, (row < count)[:, None]], 1)
+        row = row.masked_fill(ends, count)
+        if not bool((row < count).any()):
             break
         hidden = plain.extend(model, prefix, token[:, None], seen, offset=step)[:, 0]
-    return draw.read([i // group for i in range(len(rows))])
+    return draw.read(len(prompts))

@@ -22,6 +22,7 @@ from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder, can_teach, verify
+from opsd.rollout import Rollouts
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 
 # What a resumed run may change: none of it moves a metric that is compared.
@@ -36,6 +37,7 @@ class Run:
     held_out: dict[str, list[Example]]  # "test", "validation"
     prompts: PromptCache
     model: LanguageModel
+    rollouts: Rollouts
     teacher: Teacher
     optimizer: Optimizer
     config: Config
@@ -104,6 +106,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
         held_out,
         prompts,
         model,
+        Rollouts(model, config.rollout.slots, config.rollout.graphs, config.engine.share_prefix),
         teacher,
         optimizer,
         config,

@@ -22,7 +22,7 @@ from opsd.packing import Unit, first_fit_decreasing, units
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.rewards import accuracy, reward, well_formed
-from opsd.rollout import decode, rollout
+from opsd.rollout import decode
 from opsd.run import Run
 from opsd.sampling import Sampling
 from opsd.teacher import score
@@ -70,9 +70,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Group:
     teaches = run.config.objective.kind == "distill"
     views = [run.prompts.teacher(example) for example in examples] if teaches else None
     seeds = [run.seed(step, place, "rollout") for place in range(len(examples))]
-    config = run.config
-    sampling, share = Sampling.of(config.rollout), config.engine.share_prefix
-    responses = rollout(run.model, prompts, sampling, seeds, config.rollout.slots, share)
+    responses = run.rollouts(prompts, Sampling.of(run.config.rollout), seeds)
     texts = decode(run.model.tokenizer, responses)
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
 

@@ -17,7 +17,7 @@ RANKS = [
     "sections config_problems config cli processing packing responses positions",
     "attention_plan attention_kernels attention decode_attention families",
     "rows data media prompts prompt_cache model plain engine rewards",
-    "sampling decode rollout teacher objectives optim log",
+    "sampling graphs draw decode rollout teacher objectives optim log",
     "checkpoint run step report ablations answers",
     "affect",
     "evaluate train",

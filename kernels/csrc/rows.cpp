@@ -57,8 +57,11 @@ OPSD_EXPORT void opsd_rows_run(
     auto work = [&] {
         for (int64_t i; (i = next.fetch_add(1)) < rows;) {
             float* target = grad == nullptr ? nullptr : grad + i * stride_grad;
+            const bool left_out = scale[i] == 0.0f;  // its gradient is 0, whatever its logits hold
             const int64_t token = tokens == nullptr ? NO_TOKEN : tokens[i];
-            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, token, scale[i], target);
+            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, token, scale[i],
+                                    left_out ? nullptr : target);
+            if (left_out && target != nullptr) std::fill_n(target, vocab, 0.0f);
             for (int k = 0; k < RESULTS; ++k) results[k * stride_results + i] = r.of[k];
         }
     };

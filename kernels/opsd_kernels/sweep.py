@@ -109,7 +109,7 @@ def sweep(
                 _chunk(ops, slice(first, last), pair, work, scale, target if grads else None, out)
             if grads:
                 collected = work.pair(stop - start)[0] if work.grad is None else work.grad[: stop - start]
-                _gradients(ops, slice(start, stop), collected, work.scratch, grads, is_first=start == 0)
+                _gradients(ops, slice(start, stop), collected, scale, work.scratch, grads)
     return out
 
 
@@ -168,8 +168,9 @@ def _logits(ops: Operands, tokens: slice, pair: Tensor, work: Workspace, slope: 
 
 
 def _gradients(
-    ops: Operands, tokens: slice, collected: Tensor, scratch: Tensor | None, grads: Gradients, is_first: bool
+    ops: Operands, tokens: slice, collected: Tensor, scale: Tensor, scratch: Tensor | None, grads: Gradients
 ) -> None:
+    is_first = tokens.start == 0
     if grads.hidden is not None:
         block = _as_blocks(scratch, ops.head.weight)
         partial = gemm.hidden_gradient(collected, ops.head.weight, block)
@@ -177,7 +178,9 @@ def _gradients(
             dist.all_reduce(partial, group=ops.head.shard.group)
         grads.hidden[tokens] = partial
     if grads.weight is not None:
-        gemm.head_gradient_into(grads.weight, collected, ops.student_hidden[tokens], add=not is_first)
+        # a token of weight 0 has no gradient, but 0 times what it holds may be NaN
+        hidden = ops.student_hidden[tokens].masked_fill(scale[tokens, None] == 0, 0)
+        gemm.head_gradient_into(grads.weight, collected, hidden, add=not is_first)
     if grads.bias is not None:
         column_sums = collected.sum(0, dtype=torch.float32)
         grads.bias.copy_(column_sums) if is_first else grads.bias.add_(column_sums)

@@ -73,6 +73,7 @@ def forward(
             for prompt, of_prompt, one in zip(prompts, lengths, known, strict=True)
         )
     )
+    model.tokens.add(packed.length, packed.padded_length)
     fresh = [prompt for prompt, one in zip(prompts, known, strict=True) if one is None]
     older = [one for one in known if one is not None]
     carried = PackedKV(packed, _stored_layers(older), keep)

@@ -61,6 +61,7 @@ def measure(run: Any, step: int) -> None:
             record = {"step": step, "split": split, "view": view, "privilege": sees, **asdict(result)}
             run.directory.append("evaluations", record)
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
+    run.model.tokens.take()  # these are no step's
 
 
 def percent(result: Accuracy) -> str:

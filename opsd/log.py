@@ -128,6 +128,8 @@ def summary(record: dict[str, Any]) -> str:
     names = {"loss": "loss", "divergence": "div/token", "accuracy": "accuracy", "response_length": "length"}
     parts = [f"{label} {record[name]:.4g}" for name, label in names.items() if name in record]
     speeds = [f"{phase} {record[key]:.0f}" for phase in PHASES if (key := f"{phase}_tokens_per_second") in record]
+    if "saved_tokens" in record:
+        parts.append(f"saved {record['saved_tokens']:.0%}")
     return "  ".join(parts) + ("  tok/s " + " ".join(speeds) if speeds else "")
 
 

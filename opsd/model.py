@@ -30,6 +30,24 @@ class Forward:
     positions: Tensor | None  # (axes, B, S) as the model computed them, or None where it counts 0, 1, 2, ...
 
 
+@dataclass
+class TokenCount:
+    """Tokens that went through the decoder, and those that a padded loop without sharing would have sent."""
+
+    computed: int = 0
+    padded: int = 0
+
+    def add(self, computed: int, padded: int) -> None:
+        self.computed += computed
+        self.padded += padded
+
+    def take(self) -> dict[str, float]:
+        """The counts since the last call."""
+        counts = {"computed_tokens": float(self.computed), "padded_tokens": float(self.padded)}
+        self.computed = self.padded = 0
+        return counts
+
+
 class LanguageModel:
     """A Hugging Face causal model (with or without vision and audio towers), its processor and its head.
 
@@ -46,6 +64,7 @@ class LanguageModel:
         self.has_adapter = config.adapter == "lora"
         self.end_ids = _end_ids(module, self.tokenizer)
         self.axes = axes(module)
+        self.tokens = TokenCount()
         self._positions: WeakKeyDictionary[Prompt, Tensor] = WeakKeyDictionary()
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 

@@ -81,6 +81,7 @@ def response_hidden(model: LanguageModel, prompts: Sequence[Prompt], responses: 
     batch = collate(rows, model.pad_id, model.device)
     hidden = model.forward(**batch, use_cache=False).hidden
     width = hidden.shape[1]
+    model.tokens.add(hidden.shape[0] * width, hidden.shape[0] * width)
     index = [
         torch.arange(length) + i * width + owner.length - 1
         for i, (owner, length) in enumerate(zip(owners, responses.lengths, strict=True))

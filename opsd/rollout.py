@@ -119,7 +119,11 @@ class _Loop:
             if self.on_cpu or steps % _TOKENS_BETWEEN_CHECKS == 0:
                 self._retire()
         assert self.slots is not None
-        return self.slots.draw.read(len(self.prompts))
+        responses = self.slots.draw.read(len(self.prompts))
+        longest = self.room.longest_prompt + max(responses.lengths) - 1
+        fed = sum(responses.lengths) - len(responses.lengths)  # the prompts are counted where they are computed
+        self.model.tokens.add(fed, longest * len(responses.lengths))
+        return responses
 
     def _running(self) -> list[int]:
         return [slot for slot, response in enumerate(self.held) if response is not None]

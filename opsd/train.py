@@ -19,9 +19,11 @@ from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
 from opsd.errors import InputError
 from opsd.evaluate import measure
+from opsd.group import micro_batches
+from opsd.metrics import Sums, log_step
 from opsd.report import write_report
 from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
-from opsd.step import Sums, learn, log_step, micro_batches, sample, teach
+from opsd.step import learn, sample, teach
 
 
 def train(config: Config, resume: bool = False) -> Run:
@@ -34,7 +36,7 @@ def train(config: Config, resume: bool = False) -> Run:
             sums = Sums()
             with run.clock.phase("rollout"):
                 group = sample(run, run.rows(step), step)
-            for part in micro_batches(run, group):
+            for part in micro_batches(config, group):
                 with run.clock.phase("teacher"):
                     target = teach(run, part)
                 with run.clock.phase("student"):

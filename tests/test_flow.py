@@ -12,10 +12,12 @@ from opsd import checkpoint
 from opsd import train as loop
 from opsd.engine import response_hidden
 from opsd.evaluate import measure
+from opsd.group import micro_batches, with_advantages
 from opsd.log import RunDir
+from opsd.metrics import Sums
 from opsd.objectives.logprobs import token_logprobs
 from opsd.run import open_run
-from opsd.step import Sums, learn, micro_batches, sample, teach, with_advantages
+from opsd.step import learn, sample, teach
 from opsd.train import train
 from tests.jobs import text_job
 
@@ -68,7 +70,7 @@ def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path)
     tokens, totals = 0, dict.fromkeys(("divergence", "student_entropy", "teacher_entropy"), 0.0)
     loss, truncated = 0.0, 0
     with open_run(config) as run, torch.no_grad():
-        for group in micro_batches(run, sample(run, run.rows(0), 0)):
+        for group in micro_batches(run.config, sample(run, run.rows(0), 0)):
             prompts = [run.prompts.teacher(example) for example in group.examples]
             log_p, log_q = (
                 (response_hidden(run.model, views, group.responses) @ run.model.head.T).double().log_softmax(-1)
@@ -112,7 +114,7 @@ def test_rows_of_a_step_sample_from_streams_of_their_own(tmp_path):
 def reward_step(run, texts):
     """Loss and gradients of one pass of two prompts whose three responses read as given."""
     group = sample(run, run.rows(0)[:2], 0)
-    group = with_advantages(run, replace(group, texts=texts(group)))
+    group = with_advantages(run.config, replace(group, texts=texts(group)))
     loss = learn(run, group, teach(run, group), Sums())
     run.model.module.zero_grad()
     loss.backward()

@@ -18,7 +18,7 @@ RANKS = [
     "attention_plan attention_kernels attention decode_attention families",
     "rows data media prompts prompt_cache model plain engine rewards",
     "sampling graphs draw decode rollout teacher objectives optim log",
-    "checkpoint run step report ablations answers",
+    "checkpoint group run metrics step report ablations answers",
     "affect",
     "evaluate train",
 ]

@@ -7,9 +7,11 @@ import torch
 
 from opsd.affect.tiny import TinySize, build
 from opsd.config import load_config
+from opsd.group import micro_batches
+from opsd.metrics import Sums
 from opsd.model import load_model
 from opsd.run import open_run
-from opsd.step import Sums, learn, micro_batches, sample, teach
+from opsd.step import learn, sample, teach
 from tests.jobs import text_job
 
 
@@ -28,7 +30,7 @@ def test_what_is_frozen_is_not_trained_and_the_rest_is(tmp_path):
         parameters = dict(run.model.module.named_parameters())
         start = {name: p.detach().clone() for name, p in parameters.items()}
         assert run.model.trainable().keys() == {name for name in parameters if not name.startswith(frozen)}
-        for group in micro_batches(run, sample(run, run.rows(0), 0)):
+        for group in micro_batches(run.config, sample(run, run.rows(0), 0)):
             learn(run, group, teach(run, group), Sums()).backward()
         assert all((p.grad is None) == name.startswith(frozen) for name, p in parameters.items())
         run.optimizer.step(0)

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from opsd.engine import response_hidden
+from opsd.group import micro_batches, with_advantages
+from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
 from opsd.objectives.reward import group_normalised, reward_loss
 from opsd.objectives.sft import sft_loss
 from opsd.run import open_run
 from opsd.sections import ObjectiveConfig
-from opsd.step import Sums, learn, micro_batches, sample, teach, with_advantages
+from opsd.step import learn, sample, teach
 from opsd.teacher import score
 from tests.jobs import text_job
 
@@ -108,7 +110,7 @@ def test_micro_batches_add_up(opened, tmp_path):
         ) as run:
             run.model.module.zero_grad()
             sums = Sums()
-            parts = micro_batches(run, sample(run, run.rows(0), 0))
+            parts = micro_batches(run.config, sample(run, run.rows(0), 0))
             counts.append(len(parts))
             for group in parts:
                 learn(run, group, teach(run, group), sums).backward()
@@ -146,7 +148,7 @@ def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(open
             group = sample(run, run.rows(0)[:2], 0)
             target = teach(run, group)
             texts = ["<think> low </think> <answer> sad </answer>"] * len(group.texts)
-            group = with_advantages(run, replace(group, texts=texts))
+            group = with_advantages(run.config, replace(group, texts=texts))
             losses[alpha] = learn(run, group, target, Sums()).item()
     with open_run(text_job(tmp_path, f"train.run_dir={tmp_path / 'x'}")) as run:
         group = sample(run, run.rows(0)[:2], 0)

@@ -1,0 +1,79 @@
+"""What was sampled for the rows of a step, and its division into passes of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opsd.config import Config
+from opsd.data import Example
+from opsd.objectives.reward import group_normalised
+from opsd.packing import Unit, first_fit_decreasing, units
+from opsd.prompts import Prompt
+from opsd.responses import Responses
+from opsd.rewards import reward
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a step, the prompt the student answers to each, what the teacher sees, and the responses."""
+
+    examples: list[Example]
+    prompts: list[Prompt]
+    views: list[Prompt] | None  # the teacher's; None without a teacher
+    responses: Responses
+    texts: list[str]  # decoded responses
+    scores: dict[str, float]  # sums over responses of what the answers are worth; none for gold answers
+    advantages: Tensor | None = None  # (R,) fp32, of every response
+
+    @property
+    def rows(self) -> list[Example]:
+        """The row of every response."""
+        return [self.examples[owner] for owner in self.responses.owners]
+
+
+def micro_batches(config: Config, group: Group) -> list[Group]:
+    """The step in passes of at most `engine.token_budget` tokens, the responses of a prompt together.
+
+    Only a prompt whose responses do not fit with it is computed more than once, and only a single response that does
+    not fit with its prompt makes a larger pass.
+    """
+    group = with_advantages(config, group)
+    sizes = [prompt.length for prompt in group.prompts]
+    if group.views is not None:
+        sizes = [max(size, view.length) for size, view in zip(sizes, group.views, strict=True)]
+    budget, responses = config.engine.token_budget, group.responses
+    made = units(sizes, responses.owners, responses.lengths, budget)
+    bins = first_fit_decreasing([unit.tokens for unit in made], budget)
+    return [_part(group, [made[i] for i in chosen]) for chosen in bins]
+
+
+def with_advantages(config: Config, group: Group) -> Group:
+    """Rewards of the texts: raw for the hybrid term, normalised within each prompt's responses for the reward alone."""
+    objective = config.objective
+    if objective.kind != "reward" and not (objective.kind == "distill" and objective.alpha > 0):
+        return group
+    rewards = [reward(text, row, config.rewards) for text, row in zip(group.texts, group.rows, strict=True)]
+    values = torch.tensor(rewards, device=group.responses.tokens.device)
+    if objective.kind == "reward":
+        values = group_normalised(values, config.rollout.group_size)
+    return replace(group, advantages=values)
+
+
+def _part(group: Group, chosen: list[Unit]) -> Group:
+    """Some units of a step as a group of its own."""
+    prompts = [unit.prompt for unit in chosen]
+    rows = [i for unit in chosen for i in unit.responses]
+    owners = [place for place, unit in enumerate(chosen) for _ in unit.responses]
+    index = torch.tensor(rows)
+    return Group(
+        [group.examples[i] for i in prompts],
+        [group.prompts[i] for i in prompts],
+        None if group.views is None else [group.views[i] for i in prompts],
+        group.responses.take(rows, owners),
+        [group.texts[i] for i in rows],
+        {},
+        None if group.advantages is None else group.advantages[index.to(group.advantages.device)],
+    )

@@ -1,0 +1,60 @@
+"""What a step measured, and the line of metrics.jsonl it becomes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opsd.group import Group
+from opsd.log import PHASES, peak_memory_mib
+from opsd.run import Run
+
+_PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student",)}  # where tokens are computed
+
+
+class Sums:
+    """Sums of one step over its micro-batches; they stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self._sums.items()}
+
+
+def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
+    """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
+
+    Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens).
+    Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
+    padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. Beside the
+    rollout, whose texts are read on the host, this is where the host waits for the device.
+    """
+    counts = run.model.tokens.take()
+    config = run.config.log
+    if config.samples_every and (step % config.samples_every == 0 or step == 1):
+        _log_samples(run, step, group)
+    if step % config.every and step != run.config.train.steps:
+        return
+    values, seconds = sums.read() | group.scores, run.clock.read()
+    tokens, responses = values.pop("tokens"), values.pop("responses")
+    record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
+    for name in ("grad_norm", "lr"):
+        record[name] = values.pop(name)
+    per_token = ("divergence", "student_entropy", "teacher_entropy")
+    record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
+    steps = step - run.logged
+    record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in _PHASES[run.config.objective.kind]}
+    record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
+    record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
+    run.logged = step
+    run.directory.append("metrics", record)
+    run.progress.step(record)
+
+
+def _log_samples(run: Run, step: int, group: Group) -> None:
+    for example, text in list(zip(group.rows, group.texts, strict=True))[: run.config.log.samples]:
+        run.directory.append("samples", {"step": step, "id": example.id, "label": example.label, "response": text})

@@ -101,7 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["mer-unibench"]:
         return mer_unibench.main(words[1:])
-    made = argparse.ArgumentParser(prog="python -m opsd.evaluate", description=__doc__, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        prog="python -m opsd.evaluate",
+        description="Accuracy of a run's newest checkpoint on held-out rows, greedy, without rationale.",
+        epilog="python -m opsd.evaluate mer-unibench --help: the nine test sets of MER-UniBench",
+        allow_abbrev=False,
+    )
     made.add_argument("run_dir", type=Path, help="a run of opsd.train; its newest checkpoint is evaluated")
     made.add_argument("--data", type=Path, required=True, help="rows (JSONL); rationales are not read")
     made.add_argument("--out", type=Path, help="answers (JSONL); default RUN_DIR/predictions-<data name>.jsonl")

@@ -20,7 +20,7 @@ RANKS = [
     "sampling graphs draw decode rollout teacher objectives optim log",
     "checkpoint group run metrics step report ablations answers",
     "affect",
-    "evaluate train",
+    "evaluate recipes train",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 

@@ -23,7 +23,7 @@ _EMPTY: Final = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row below the header. A cell that is missing or means "nothing" is ""."""
+    """One row below the header. A cell that is missing, or means "nothing" to pandas, is ""."""
 
     file: Path
     line: int  # as a spreadsheet or an editor counts them: the header is line 1
@@ -44,8 +44,11 @@ class Row:
         return InputError(expected, found, file=self.file, line=self.line, field=column)
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """The rows of an .xlsx or .csv file that has at least `columns`. Raises `InputError` naming file and column."""
+def read_table(path: Path, columns: tuple[str, ...], *, literal: bool = False) -> list[Row]:
+    """The rows of an .xlsx, .csv or .tsv file that has at least `columns`, blank rows left out.
+
+    literal: "None" and its like are text, as in what people say. Raises `InputError` naming file and column.
+    """
     if not path.is_file():
         raise InputError("an existing file", "no file", file=path)
     lines = _xlsx(path) if path.suffix == ".xlsx" else _csv(path)
@@ -58,7 +61,9 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[Row]:
     rows = []
     for line, cells in lines[1:]:
         padded = [*cells, *[""] * (len(header) - len(cells))]
-        named = {name: "" if cell in _EMPTY else cell for name, cell in zip(header, padded, strict=False)}
+        named = {
+            name: "" if cell in _EMPTY and not literal else cell for name, cell in zip(header, padded, strict=False)
+        }
         if any(named.values()):
             rows.append(Row(path, line, named))
     return rows
@@ -67,7 +72,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[Row]:
 def _csv(path: Path) -> list[tuple[int, list[str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             return [(reader.line_num, cells) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError("a CSV file in UTF-8", str(error), file=path) from error

@@ -353,3 +353,15 @@ def test_a_clip_twice_is_refused(tmp_path, capsys):
     touch(tmp_path / "Raw/v/1.mp4")
     assert main(["cmu-mosi", "--root", str(tmp_path), "--out", str(tmp_path / "r.jsonl")]) == 2
     assert "expected every clip once; found 'v_1' twice" in capsys.readouterr().err
+
+
+def test_the_last_turns_are_the_context(tmp_path):
+    header = "Dialogue_id\tUtterance_id\tText\tLabel"
+    for split in ("train", "dev", "test"):
+        write_csv(tmp_path / f"{split}.tsv", header, *(f"0\t{n}\tturn {n}\tAgree" for n in range(4)))
+    touch(*(tmp_path / f"video/dia0_utt{n}.mp4" for n in range(4)))
+    out = tmp_path / "rows.jsonl"
+    assert main(["mintrec2", "--root", str(tmp_path), "--out", str(out), "--context", "2"]) == 0
+    texts = [row["prompt"][0]["content"][-1]["text"] for row in lines(out)]
+    assert texts[3].startswith("Before this clip was said:\nSomeone: turn 1\nSomeone: turn 2\n\nWhat is the intent")
+    assert texts[0].startswith("What is the intent")

@@ -13,6 +13,7 @@ from opsd import evaluate
 from opsd.affect.unibench import infer
 from opsd.affect.unibench.datasets import DATASETS
 from opsd.affect.unibench.extract import Lexicon
+from opsd.affect.unibench.journal import work_through
 from opsd.affect.unibench.polarity import sentiment
 from opsd.affect.unibench.prompts import clean_reply, read_prompts
 from opsd.affect.unibench.published import PUBLISHED
@@ -117,6 +118,31 @@ def test_the_last_checkpoint_is_scored_and_the_best_when_asked(folder):
     last = record(folder)["mean"]
     assert evaluate.main([*command, "--checkpoint", "best"]) == 0
     assert last < record(folder)["mean"] == pytest.approx(100)
+
+
+def test_labels_of_responses_that_have_changed_are_extracted_again(folder):
+    command = words(folder, "--predictions", folder / "said", "--datasets", "mer2023,sims")
+    scores = []
+    for text in (perfect, lambda truth: "<answer>serene</answer>", perfect):
+        for name in ("mer2023", "sims"):
+            responses(folder, name, text)
+        assert evaluate.main(command) == 0
+        scores.append(record(folder)["mean"])
+    assert scores[0] == scores[2] == pytest.approx(100) and scores[1] < 60
+
+
+def test_a_written_folder_scores_the_same_by_itself(folder):
+    responses(folder, "sims", perfect)
+    assert evaluate.main(words(folder, "--predictions", folder / "said", "--datasets", "sims")) == 0
+    out = folder / "said/mer-unibench"
+    first = record(folder)["datasets"]
+    assert evaluate.main(words(folder, "--predictions", out, "--datasets", "sims")) == 0
+    assert record(folder, "said/mer-unibench/mer-unibench")["datasets"] == first
+    for path in (out / "results-sims").glob("*_0.5.npz"):
+        path.unlink()
+    (out / "results-sims" / "checkpoint_000010_loss_0.5-openset.npz").unlink()
+    assert evaluate.main(words(folder, "--predictions", out, "--datasets", "sims")) == 0, "sentiments are enough"
+    assert record(folder, "said/mer-unibench/mer-unibench")["datasets"] == first
 
 
 def test_mistakes_are_told_together(folder, capsys):
@@ -271,8 +297,34 @@ def test_a_trained_run_answers(folder, capsys):
     made = (out / "results-sims/step-000001.npz").stat().st_mtime_ns
     assert evaluate.main(command) == 0, "responses that are there are not made again"
     assert (out / "results-sims/step-000001.npz").stat().st_mtime_ns == made
+    assert evaluate.main([*command, "--question", "How?"]) == 2, "responses to another question are not taken"
+    said = capsys.readouterr().err
+    assert "step-000001.npz: expected responses to 'text: How?'; found 'text: Please recognize all" in said
     assert evaluate.main([*command, "--media", "text,smell"]) == 2
     assert "expected some of video, audio, text" in capsys.readouterr().err
+
+
+def test_work_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsd.affect.unibench.journal.CHUNK", 2)
+    asked = []
+
+    def work(todo):
+        asked.append(list(todo))
+        if "e" in todo and len(asked) < 5:
+            raise InputError("a reply", "none")
+        return {name: text.upper() for name, text in todo.items()}
+
+    todo, path = dict.fromkeys("abcdef", "x"), tmp_path / "deep" / "x.npz"
+    for _ in range(2):
+        with pytest.raises(InputError):
+            work_through(path, "model 1", todo, work)
+    assert asked == [["a", "b"], ["c", "d"], ["e", "f"], ["e", "f"]]
+    journal = path.with_name("x.npz.partial")
+    journal.write_text(journal.read_text() + '{"clip": "e", "te')  # killed in the middle of a line
+    assert work_through(path, "model 1", todo, work) == dict.fromkeys("abcdef", "X")
+    assert asked[4:] == [["e", "f"]] and not journal.exists()
+    journal.write_text('{"what": "model 2"}\n{"clip": "a", "text": "other"}\n')
+    assert work_through(path, "model 1", {"a": "x"}, work) == {"a": "X"}, "other work is started over"
 
 
 def test_rows_name_the_media_of_a_clip(folder):

@@ -12,6 +12,7 @@ from opsd.affect.unibench.datasets import DATASETS
 from opsd.affect.unibench.files import (
     OFFICIAL,
     Predictions,
+    digest,
     find_predictions,
     made_by,
     read_items,
@@ -135,14 +136,16 @@ def test_responses_and_labels_come_back(tmp_path):
     assert read_responses(place.responses, ["b"]) == {"b": ""}
     stored = np.load(place.responses, allow_pickle=True)["name2reason"].tolist()
     assert stored == {"a": "He is glad.", "b": ""}, "the official script reads it"
-    write_items(place.openset, {"a": "[glad]", "b": "[]"}, "lexicon")
+    said = digest({"a": "He is glad.", "b": ""})
+    write_items(place.openset, {"a": "[glad]", "b": "[]"}, "lexicon", said)
     official = np.load(place.openset)
     assert list(official["filenames"]) == ["a", "b"] and list(official["fileitems"]) == ["[glad]", "[]"]
     assert read_items(place.openset, ["a"]) == {"a": "[glad]"}
     assert made_by(place.openset) == "lexicon"
-    assert usable(place.openset, "lexicon") and not usable(place.openset, "other")
+    assert usable(place.openset, "lexicon", said) and not usable(place.openset, "other", said)
+    assert not usable(place.openset, "lexicon", digest({"a": "He is sad.", "b": ""}))
     np.savez_compressed(place.sentiment, filenames=["a"], fileitems=["positive"])
-    assert made_by(place.sentiment) == OFFICIAL and usable(place.sentiment, "other")
+    assert made_by(place.sentiment) == OFFICIAL
     with pytest.raises(InputError, match="field 'filenames': expected all 2 test clips; found 1 missing, such as 'b'"):
         read_items(place.sentiment, ["a", "b"])
 

@@ -4,12 +4,13 @@
     DIR/results-DATASET/[MODEL/]STEM-openset.npz                  filenames, fileitems: clip -> list of labels, as text
     DIR/results-DATASET/[MODEL/]STEM-openset-sentiment.npz        the same: clip -> positive, negative or neutral
 
-STEM is a checkpoint's name. Files that this program extracts also have `extractor`, which the official script ignores
-and which keeps labels of two extractors apart.
+STEM is a checkpoint's name. Files that this program writes also have `task`, or `extractor` and `source`, which the
+official script ignores and which keep what was made in different ways, or of different responses, apart.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,14 @@ def read_items(path: Path, clips: Iterable[str]) -> dict[str, Any]:
     return _select(path, "filenames", dict(zip(map(str, names), items, strict=True)), clips)
 
 
-def usable(path: Path, extractor: str) -> bool:
-    """Whether a file of extracted labels exists that is official, or the same extractor's."""
-    return path.is_file() and made_by(path) in (OFFICIAL, extractor)
+def usable(path: Path, extractor: str, source: str) -> bool:
+    """Whether a file has what this extractor made of what has this `digest`."""
+    return path.is_file() and made_by(path) == extractor and str(read_npz(path, "source")[0]) == source
+
+
+def digest(texts: Mapping[str, Any]) -> str:
+    """A name for the texts of all clips, which changes when one of them does."""
+    return hashlib.sha256(repr(sorted((name, str(text)) for name, text in texts.items())).encode()).hexdigest()
 
 
 def made_by(path: Path) -> str:
@@ -98,18 +104,25 @@ def made_by(path: Path) -> str:
     return str(read_npz(path, "extractor")[0]) if has_array(path, "extractor") else OFFICIAL
 
 
-def write_responses(path: Path, responses: Mapping[str, str]) -> None:
-    """name2reason, as the official inference script stores it."""
+def write_responses(path: Path, responses: Mapping[str, str], task: str = "") -> None:
+    """name2reason, as the official inference script stores it, and what the model was given and asked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        np.savez_compressed(path, name2reason=np.array(dict(responses), dtype=object))
+        np.savez_compressed(path, name2reason=np.array(dict(responses), dtype=object), task=task)
 
 
-def write_items(path: Path, items: Mapping[str, str], extractor: str) -> None:
-    """filenames and fileitems, as the official script stores them, and the extractor's name."""
+def task_of(path: Path) -> str:
+    """The task of a file of responses that this program wrote; "" for others."""
+    return str(read_npz(path, "task")[0]) if has_array(path, "task") else ""
+
+
+def write_items(path: Path, items: Mapping[str, str], extractor: str, source: str) -> None:
+    """filenames and fileitems, as the official script stores them, who extracted them, and the digest of what from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        np.savez_compressed(path, filenames=list(items), fileitems=list(items.values()), extractor=extractor)
+        np.savez_compressed(
+            path, filenames=list(items), fileitems=list(items.values()), extractor=extractor, source=source
+        )
 
 
 def _select(path: Path, array: str, found: Mapping[str, Any], clips: Iterable[str]) -> dict[str, Any]:

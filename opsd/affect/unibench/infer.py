@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from opsd.affect.unibench.datasets import Dataset
-from opsd.affect.unibench.files import Predictions, write_responses
+from opsd.affect.unibench.files import Predictions, task_of, write_responses
+from opsd.affect.unibench.journal import work_through
 from opsd.affect.unibench.tables import read_table
 from opsd.answers import answer, finished_run, load_student
-from opsd.data import read_examples
+from opsd.data import Example, read_examples
 from opsd.errors import InputError, writing
 from opsd.model import LanguageModel
 from opsd.prompts import PromptBuilder
@@ -40,6 +41,9 @@ class Task:
             raise InputError(f"some of {', '.join(MEDIA)}", repr(media), field="--media")
         return Task(chosen, question)
 
+    def __str__(self) -> str:
+        return f"{', '.join(self.media)}: {self.question}"
+
 
 class Student:
     """The newest checkpoint of a run, loaded when the first dataset needs it."""
@@ -50,26 +54,31 @@ class Student:
         self._model: LanguageModel | None = None
 
     def respond(self, dataset: Dataset, clips: Iterable[str], data: Path, out: Path) -> Predictions:
-        """Responses to every clip, as OUT/results-DATASET/STEP.npz; a file that is there is not made again."""
+        """Responses to every clip, as OUT/results-DATASET/STEM.npz.
+
+        A file that is there is not made again; one that was made for another task is an `InputError`.
+        """
         place = Predictions(out / f"results-{dataset.name}", self.checkpoint.resolve().name)
-        if not place.responses.is_file():
+        path, task = place.responses, str(self.task)
+        if not path.is_file():
             rows = out / "rows" / f"{dataset.name}.jsonl"
             write_rows(rows, dataset, clips, data, self.task)
-            write_responses(place.responses, self._answers(rows))
+            todo = {example.id: example for example in read_examples(rows, self.config.data, held_out=True)}
+            print(f"{dataset.title}: answering {len(todo)} clips", flush=True)
+            write_responses(path, work_through(path, task, todo, self._answers), task)
+        elif task_of(path) != task:
+            raise InputError(f"responses to {task!r}", repr(task_of(path)), file=path, hint="another --out keeps both")
         return place
 
-    def _answers(self, rows: Path) -> dict[str, str]:
-        examples = read_examples(rows, self.config.data, held_out=True)
+    def _answers(self, examples: dict[str, Example]) -> dict[str, str]:
         self._model = self._model or load_student(self.config, self.checkpoint)
         prompts = PromptBuilder(self._model.processor, self.config.prompts, self.config.media)
-        size = self.config.evaluate.batch_size
-        texts: dict[str, str] = {}
-        for first in range(0, len(examples), size):  # a prompt of a video is large: one batch at a time
-            batch = examples[first : first + size]
-            built = [prompts.student(example) for example in batch]
-            said = answer(self._model, built, size, self.config.rollout.max_new_tokens)
-            texts |= {example.id: text for example, text in zip(batch, said, strict=True)}
-        return texts
+        names, size = list(examples), self.config.evaluate.batch_size
+        texts: list[str] = []
+        for first in range(0, len(names), size):  # a prompt of a video is large: one batch at a time
+            built = [prompts.student(examples[name]) for name in names[first : first + size]]
+            texts += answer(self._model, built, size, self.config.rollout.max_new_tokens)
+        return dict(zip(names, texts, strict=True))
 
 
 def write_rows(path: Path, dataset: Dataset, clips: Iterable[str], data: Path, task: Task) -> None:

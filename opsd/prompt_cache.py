@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 
+from opsd.byte_lru import ByteLru
 from opsd.data import Example
 from opsd.prompts import Prompt, PromptBuilder
 
@@ -17,9 +17,7 @@ class PromptCache:
 
     def __init__(self, builder: PromptBuilder, budget_mib: int):
         self.builder = builder
-        self.budget = budget_mib * 2**20
-        self.bytes = 0
-        self._kept: OrderedDict[tuple[str, str, int], Prompt] = OrderedDict()
+        self._kept: ByteLru[tuple[str, str, int], Prompt] = ByteLru(budget_mib * 2**20, _size)
 
     def student(self, example: Example) -> Prompt:
         return self._get("student", example, self.builder.student)
@@ -31,14 +29,10 @@ class PromptCache:
         key = (view, str(example.file), example.line)
         prompt = self._kept.get(key)
         if prompt is None:
-            prompt = self._kept[key] = build(example)
-            self.bytes += _size(prompt)
-            while self.bytes > self.budget:
-                self.bytes -= _size(self._kept.popitem(last=False)[1])
-        else:
-            self._kept.move_to_end(key)
+            prompt = build(example)
+            self._kept.put(key, prompt)
         return prompt
 
 
 def _size(prompt: Prompt) -> int:
-    return sum(t.numel() * t.element_size() for t in prompt.inputs.values())
+    return sum(t.nbytes for t in prompt.inputs.values())

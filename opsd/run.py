@@ -26,7 +26,7 @@ from opsd.rollout import Rollouts
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 
 # What a resumed run may change: none of it moves a metric that is compared.
-_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir")
+_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_")
 
 
 @dataclass

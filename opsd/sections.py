@@ -141,6 +141,17 @@ class EngineConfig(Section):
         ge=1,
         description="Micro-batch: most tokens of a forward pass; a single response with its prompt may be more.",
     )
+    teacher_cache: Literal["none", "memory", "disk"] = Field(
+        default="memory", description="Where the teacher's prefixes are kept; disk is memory and disk, for later runs."
+    )
+    teacher_cache_device_mib: int = Field(
+        default=1024, ge=0, description="Device memory for them (MiB); on a CPU only the host's counts."
+    )
+    teacher_cache_host_mib: int = Field(default=4096, ge=0, description="Host memory for them (MiB).")
+    teacher_cache_disk_mib: int = Field(default=32768, ge=0, description="Disk for them, of all runs together (MiB).")
+    teacher_cache_dir: Local = Field(
+        default=Path("runs/cache/teacher"), description="Their folder on disk, which runs may share."
+    )
 
 
 class RolloutConfig(Section):

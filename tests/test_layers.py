@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
-    "errors integrations",  # integrations: torch and opsd_kernels only
+    "errors byte_lru digests integrations",  # integrations: torch and opsd_kernels only
     "sections config_problems config cli processing packing responses positions",
+    "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "attention_plan attention_kernels attention decode_attention families",
     "rows data media prompts prompt_cache model plain engine rewards",
     "sampling graphs draw decode rollout teacher objectives optim log",

@@ -66,6 +66,22 @@ def test_the_order_is_that_of_use() -> None:
     assert [where(store, name) for name in (1, 2, 3)] == [["host"], ["device"], ["device"]]
 
 
+def test_a_hit_moves_up_and_leaves_nothing_behind() -> None:
+    store = make_store(1, 3)
+    store.put(key(1), stored(1))
+    store.put(key(2), stored(2))
+    store.get(key(1))
+    assert [where(store, name) for name in (1, 2)] == [["device"], ["host"]]
+
+
+def test_a_hit_that_cannot_move_up_is_not_copied_down_again() -> None:
+    store = make_store(1, 3)
+    store.put(key(1), stored(1, length=6))
+    store.memory[1].bring = lambda prefix: pytest.fail("copied to the host again")
+    assert same(store.get(key(1)), stored(1, length=6))
+    assert where(store, 1) == ["host"]
+
+
 def test_what_is_bigger_than_a_tier_passes_it_by(tmp_path) -> None:
     store = make_store(1, 3, tmp_path)
     store.put(key(1), stored(1))
@@ -287,4 +303,4 @@ class Tiers(RuleBasedStateMachine):
 
 
 TestTiers = Tiers.TestCase
-TestTiers.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestTiers.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

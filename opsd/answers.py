@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from opsd import checkpoint
-from opsd.config import Config, load_config
+from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
 from opsd.model import LanguageModel, load_model
 from opsd.prompts import Prompt
@@ -31,10 +31,11 @@ def load_student(config: Config, checkpoint_path: Path) -> LanguageModel:
     return load_model(config.model, checkpoint=checkpoint_path)
 
 
-def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers, one per prompt."""
+def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:
+    """Greedy answers, one per prompt, of the length and to the stop strings of a rollout."""
+    sampling = Sampling.greedy(config.max_new_tokens, config.stop)
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        texts += decode(model.tokenizer, rollout(model, batch, Sampling.greedy(max_new_tokens), [0] * len(batch)))
+        texts += decode(model.tokenizer, rollout(model, batch, sampling, [0] * len(batch)))
     return texts

@@ -10,6 +10,7 @@ from torch import Tensor
 from opsd.model import LanguageModel
 from opsd.responses import Responses
 from opsd.sampling import Sampling, choose, uniforms
+from opsd.stopping import StopStrings
 
 
 class Draw:
@@ -18,6 +19,8 @@ class Draw:
     def __init__(self, model: LanguageModel, sampling: Sampling, responses: int):
         device = model.device
         self.model, self.sampling = model, sampling
+        self.stops = StopStrings(model.tokenizer, sampling.stop)
+        self.checked = [0] * responses  # tokens of each in which no stop string was found
         self.end = torch.tensor(model.end_ids, device=device)
         self.suppressed = torch.tensor(model.suppressed_ids, device=device, dtype=torch.long)
         shape = responses + 1, sampling.max_new_tokens
@@ -36,6 +39,7 @@ class Draw:
         self.tokens.fill_(self.model.pad_id)
         self.logprobs.zero_()
         self.lengths.zero_()
+        self.checked = [0] * len(self.checked)
 
     def next(self, hidden: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,) of responses `rows` at places `at`, recorded; and whether each response ends with its token."""
@@ -47,6 +51,22 @@ class Draw:
         self.logprobs[rows, at] = logprob
         self.lengths[rows] = at + 1
         return token, torch.isin(token, self.end) | (at + 1 >= self.sampling.max_new_tokens)
+
+    def cut(self, responses: Sequence[int]) -> set[int]:
+        """Those of these responses whose text contains a stop string by now, cut after the token that completed it."""
+        if not self.stops.strings or not responses:
+            return set()
+        index, found = torch.tensor(responses).to(self.tokens.device), set()
+        lengths = self.lengths[index].tolist()
+        tokens = self.tokens[index, : max(lengths)].tolist()
+        for response, row, length in zip(responses, tokens, lengths, strict=True):
+            end = self.stops.first(row[:length], self.checked[response])
+            self.checked[response] = length
+            if end is not None:
+                self.tokens[response, end:], self.logprobs[response, end:] = self.model.pad_id, 0.0
+                self.lengths[response] = end
+                found.add(response)
+        return found
 
     def read(self, prompts: int) -> Responses:
         """What was drawn for so many prompts."""

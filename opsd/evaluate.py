@@ -53,9 +53,7 @@ def measure(run: Any, step: int) -> None:
             views["teacher"] = (run.prompts.teacher, run.teacher.weights())
         for view, (build, weights) in views.items():
             with weights:
-                texts = answer(
-                    run.model, [build(r) for r in rows], config.batch_size, run.config.rollout.max_new_tokens
-                )
+                texts = answer(run.model, [build(r) for r in rows], config.batch_size, run.config.rollout)
             result = wilson(sum(int(accuracy(t, r.label)) for t, r in zip(texts, rows, strict=True)), len(rows))
             sees = run.config.prompts.privilege if view == "teacher" else "none"
             record = {"step": step, "split": split, "view": view, "privilege": sees, **asdict(result)}
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         model,
         [prompts.student(row) for row in rows],
         config.evaluate.batch_size,
-        config.rollout.max_new_tokens,
+        config.rollout,
     )
     out = args.out or args.run_dir / f"predictions-{args.data.stem}.jsonl"
     _write(out, rows, texts)

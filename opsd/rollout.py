@@ -41,7 +41,7 @@ class Rollouts:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
-        """G responses for each of B prompts; a response ends with an end token or at max_new_tokens.
+        """G responses for each of B prompts; a response ends with an end token, a stop string or at max_new_tokens.
 
         seeds: one per prompt. The random number behind token t of response g is a function of (its prompt's seed, g, t)
         alone, so a response does not depend on what else is in the batch, nor on `slots`.
@@ -116,8 +116,9 @@ class _Loop:
                 slots.step(columns)
             self.shown = [shown + 1 for shown in self.shown]
             steps += 1
-            if self.on_cpu or steps % _TOKENS_BETWEEN_CHECKS == 0:
-                self._retire()
+            check = steps % _TOKENS_BETWEEN_CHECKS == 0
+            if self.on_cpu or check:
+                self._retire(every=check)
         assert self.slots is not None
         responses = self.slots.draw.read(len(self.prompts))
         longest = self.room.longest_prompt + max(responses.lengths) - 1
@@ -136,7 +137,7 @@ class _Loop:
             if not entering:
                 break
             self._begin(entering)
-            self._retire()  # a first token may be the last
+            self._retire(every=False)  # a first token may be the last
             free = [slot for slot, response in enumerate(self.held) if response is None]
         return bool(self._running())
 
@@ -174,14 +175,21 @@ class _Loop:
             self.held[slot], self.shown[slot] = response, 0
         self._arrange()
 
-    def _retire(self) -> None:
-        """Free the slots of responses that have ended, and lanes without responses; on a CPU, drop idle slots."""
+    def _retire(self, every: bool) -> None:
+        """Free the slots of responses that have ended, and lanes without responses; on a CPU, drop idle slots.
+
+        every: look for stop strings in all responses, not in those alone that have ended anyway.
+        """
         assert self.slots is not None
-        for slot, row in enumerate(self.slots.row.tolist()):
+        rows, draw = self.slots.row.tolist(), self.slots.draw
+        held = [(response, row) for response, row in zip(self.held, rows, strict=True) if response is not None]
+        stopped = draw.cut([response for response, row in held if every or row != response])
+        for slot, row in enumerate(rows):
             response = self.held[slot]
-            if response is None or row == response:
+            if response is None or (row == response and response not in stopped):
                 continue
             self.held[slot] = None
+            self.slots.row[slot] = len(draw.checked)  # nobody's
             prompt = response // self.group
             self.lanes[prompt].left -= 1
             if not self.lanes[prompt].left:
@@ -217,4 +225,5 @@ def _plain(model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, 
         if not bool((row < count).any()):
             break
         hidden = plain.extend(model, prefix, token[:, None], seen, offset=step)[:, 0]
+    draw.cut(range(count))
     return draw.read(len(prompts))

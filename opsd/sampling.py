@@ -30,6 +30,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None
     min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # a response ends with the token after which its text contains one
 
     @staticmethod
     def of(config: RolloutConfig) -> Sampling:
@@ -40,11 +41,12 @@ class Sampling:
             config.top_p,
             config.top_k,
             config.min_p,
+            config.stop,
         )
 
     @staticmethod
-    def greedy(max_new_tokens: int) -> Sampling:
-        return Sampling(1, max_new_tokens, temperature=0.0)
+    def greedy(max_new_tokens: int, stop: tuple[str, ...] = ()) -> Sampling:
+        return Sampling(1, max_new_tokens, temperature=0.0, stop=stop)
 
     @property
     def as_it_is(self) -> bool:

@@ -163,10 +163,20 @@ class RolloutConfig(Section):
     min_p: Float = Field(
         default=0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest; 0 keeps all."
     )
+    stop: Texts = Field(
+        default=(), description="Strings that end a response when its text, without special tokens, contains one."
+    )
     slots: int = Field(
         default=64, ge=1, description="Responses decoded at a time; the next takes a finished one's slot."
     )
     graphs: bool = Field(default=True, description="Capture decode steps in CUDA graphs; nothing changes on a CPU.")
+
+    @field_validator("stop")
+    @classmethod
+    def _stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text or "\ufffd" in text for text in stop):  # U+FFFD is what an unfinished character decodes to
+            raise _refuse("stop", "a list of strings that are not empty and have no U+FFFD", list(stop))
+        return stop
 
 
 class TeacherConfig(Section):

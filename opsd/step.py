@@ -87,11 +87,12 @@ def _reward_term(run: Run, group: Group, hidden: Tensor, weights: Tensor) -> Ten
 def _scores(run: Run, examples: list[Example], responses: Responses, texts: list[str]) -> dict[str, float]:
     owners = [examples[owner] for owner in responses.owners]
     ended = set(run.model.end_ids)
-    rows = zip(responses.tokens.tolist(), responses.lengths, strict=True)
+    stops = run.config.rollout.stop
+    rows = zip(responses.tokens.tolist(), responses.lengths, texts, strict=True)
     return {
         "accuracy": sum(accuracy(text, owner.label) for text, owner in zip(texts, owners, strict=True)),
         "format": sum(well_formed(text) for text in texts),
-        "truncated": sum(tokens[length - 1] not in ended for tokens, length in rows),
+        "truncated": sum(t[n - 1] not in ended and not any(stop in text for stop in stops) for t, n, text in rows),
     }
 
 

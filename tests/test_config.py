@@ -245,6 +245,12 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, message: s
             "command line: field 'model.lora_targets': expected one of all-linear or a list; ",
         ),
         ("train.seed=-1", "command line: field 'train.seed': expected a value >= 0; found -1"),
+        ("rollout.stop=[a, '']", "command line: field 'rollout.stop': expected a list of strings that are not empty"),
+        (
+            'rollout.stop=["\\ufffd"]',
+            "command line: field 'rollout.stop': expected a list of strings that are not empty",
+        ),
+        ("rollout.min_p=1.5", "command line: field 'rollout.min_p': expected a value <= 1.0; found 1.5"),
     ],
 )
 def test_a_mistake_on_the_command_line_says_so(tmp_path: Path, override: str, message: str) -> None:

@@ -77,7 +77,7 @@ class Student:
         texts: list[str] = []
         for first in range(0, len(names), size):  # a prompt of a video is large: one batch at a time
             built = [prompts.student(examples[name]) for name in names[first : first + size]]
-            texts += answer(self._model, built, size, self.config.rollout.max_new_tokens)
+            texts += answer(self._model, built, size, self.config.rollout)
         return dict(zip(names, texts, strict=True))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,19 +16,18 @@ from numpy.lib import format as npy
 
 from opsd.errors import InputError
 
-_ALLOWED: Final[dict[tuple[str, str], Any]] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): __import__("_codecs").encode,  # how old pickles write bytes
-    ("collections", "OrderedDict"): dict,
-    **{
-        (f"numpy.{core}.multiarray", name): made
-        for core in ("core", "_core")  # before and since numpy 2
-        for name, made in (
-            ("_reconstruct", np.empty(0, dtype=object).__reduce__()[0]),
-            ("scalar", np.float64(0).__reduce__()[0]),
-        )
-    },
+# The functions that pickles of numpy values call, by the names they had before and have since numpy 2.
+_NUMPY: Final = {
+    "multiarray._reconstruct": np.empty(0, dtype=object).__reduce__()[0],
+    "multiarray.scalar": np.float64(0).__reduce__()[0],
+    "numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],
+}
+_ALLOWED: Final[dict[str, Any]] = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": codecs.encode,  # how old pickles write bytes
+    "collections.OrderedDict": dict,
+    **{f"numpy.{core}.{name}": made for core in ("core", "_core") for name, made in _NUMPY.items()},
 }
 
 
@@ -35,9 +35,9 @@ class _Limited(pickle.Unpickler):
     """Builds plain values and numpy arrays, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if f"{module}.{name}" not in _ALLOWED:
             raise pickle.UnpicklingError(f"refuses to build {module}.{name}")
-        return _ALLOWED[module, name]
+        return _ALLOWED[f"{module}.{name}"]
 
 
 def read_npz(path: Path, *arrays: str) -> list[Any]:

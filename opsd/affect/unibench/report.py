@@ -74,7 +74,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 def _notes(record: Mapping[str, Any]) -> list[str]:
     notes = [f"Percent; intervals from {record['replicates']} bootstrap replicates over clips."]
     sources = sorted({entry["labels"] for entry in record["datasets"].values()})
-    notes.append(f"Labels extracted by: {'; '.join(sources)}. Published rows: a Qwen2.5-7B-Instruct.")
+    notes.append(f"Labels extracted by: {'; '.join(sources)}. The official script has a Qwen2.5-7B-Instruct do it.")
     for name, entry in record["datasets"].items():
         if entry["clips"] != entry["official_clips"]:
             notes.append(

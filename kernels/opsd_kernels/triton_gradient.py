@@ -6,7 +6,8 @@ import triton.language as tl
 
 from opsd_kernels.rows import RESULTS
 from opsd_kernels.triton_math import times
-from opsd_kernels.triton_stats import FORWARD_KL, JSD, TOKEN, elements, merge_centre, merge_sums, segment
+from opsd_kernels.triton_sums import FORWARD_KL, JSD, TOKEN, merge, normalisers
+from opsd_kernels.triton_stats import centred, logits, segment
 from opsd_kernels.triton_terms import merge_terms, term
 
 VALUE = tl.constexpr(RESULTS.index("value"))
@@ -36,26 +37,22 @@ def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.
 
 
 @triton.jit
-def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, excluded, student, teacher,
-                 inverse_t, delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
+def _by_products(parts, tokens, out, row, out_stride, vocab, centre, sums, student, teacher, inverse_t,
+                 delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """Everything but the value into out (RESULTS, n)."""
-    theirs = parts + row * count * splits
-    lane = tl.arange(0, splits)
+    top, ref, t_max, excluded = centre
     log_student, log_teacher = tl.log(student), tl.log(teacher)
     mine = out + row
-    moment = tl.sum(tl.load(theirs + 8 * splits + lane), 0)
-    tl.store(mine + STUDENT_ENTROPY * out_stride, log_student - moment / student)
-    moment = tl.sum(tl.load(theirs + 9 * splits + lane), 0)
-    tl.store(mine + TEACHER_ENTROPY * out_stride, log_teacher - moment / teacher)
-    teacher_a = top - second_a if delta else second_a
+    tl.store(mine + STUDENT_ENTROPY * out_stride, log_student - sums[5] / student)
+    tl.store(mine + TEACHER_ENTROPY * out_stride, log_teacher - sums[6] / teacher)
     tl.store(mine + STUDENT_LSE * out_stride, top * inverse_t + log_student)
-    tl.store(mine + TEACHER_LSE * out_stride, teacher_a * inverse_t + t_max + log_teacher)
-    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where(excluded, 0.0, tl.where(t_max <= 0.0, 1.0, 0.0)))
+    tl.store(mine + TEACHER_LSE * out_stride, (top - ref if delta else ref) * inverse_t + t_max + log_teacher)
+    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where((excluded == 0.0) & (t_max <= 0.0), 1.0, 0.0))
     log_p, log_q = t_max * 0.0, t_max * 0.0
     if tokens is not None:
         token = tl.load(tokens + row)
-        x = tl.load(theirs + TOKEN * splits) - top
-        y = tl.load(theirs + (TOKEN + 1) * splits) - second_a
+        x = tl.load(parts + (row * count + TOKEN) * splits) - top
+        y = tl.load(parts + (row * count + TOKEN + 1) * splits) - ref
         inside = token < vocab
         t = (x - y if delta else y) * inverse_t
         log_p = tl.where(token < 0, 0.0, tl.where(inside, x * inverse_t - log_student, float("nan")))
@@ -67,10 +64,11 @@ def _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_ma
 @triton.jit
 def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride, grad_stride, out_stride, inverse_t,
                     beta, clip, clips: tl.constexpr, with_grad: tl.constexpr, kind: tl.constexpr,
-                    delta: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
+                    delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr, splits: tl.constexpr,
+                    count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max, excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    student, teacher, c, value = merge_sums(parts, row, t_max, kind, splits, count)
+    centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
+    student, teacher, c, value = normalisers(sums, centre[2], kind)
     part, kept, lost, student_lost = value, value * 0.0, value * 0.0, value * 0.0
     if clips or kind == JSD:
         value, part, kept, lost, student_lost = merge_terms(parts, row, clips, kind, splits, count)
@@ -78,16 +76,16 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
         floor = value if clips and kind != JSD else 0.0  # clipped terms may sum to less than 0
         tl.store(out + VALUE * out_stride + row, tl.where(value < 0.0, floor, value))
         tl.store(out + CLIP_FRACTION * out_stride + row, student_lost)
-        _by_products(parts, tokens, out, row, out_stride, vocab, top, second_a, t_max, excluded, student, teacher,
-                     inverse_t, delta, splits, count)  # fmt: skip
+        _by_products(parts, tokens, out, row, out_stride, vocab, centre, sums, student, teacher, inverse_t, delta,
+                     splits, count)  # fmt: skip
     if with_grad:
         begin, end = segment(vocab, tile, splits)
         factor = tl.load(scale + row)
+        per_student, per_teacher = 1.0 / student, 1.0 / teacher
         lane = tl.arange(0, tile)
-        for start in range(begin, end, tile):
+        for start in tl.range(begin, end, tile, num_stages=stages):
             column = start + lane
-            _s, _t, d, e_s, e_t = elements(
-                z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta
-            )
-            slope = _slope(e_s / student, e_t / teacher, d + c, part, kept, lost, beta, clip, clips, kind)
+            x, y = logits(z_s, second, row, stride, column, end)
+            _s, _t, d, e_s, e_t = centred(x, y, column < end, centre, inverse_t, delta)
+            slope = _slope(e_s * per_student, e_t * per_teacher, d + c, part, kept, lost, beta, clip, clips, kind)
             tl.store(grad + row * grad_stride + column, times(factor, slope), mask=column < end)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LN2 = tl.constexpr(0.6931471805599453)
+SQRT_HALF = tl.constexpr(0x3F3504F3)  # bits of sqrt(1/2) in fp32
 
 @triton.jit
 def exp_remainder(x):
@@ -30,6 +32,18 @@ def log_remainder(x):
     poly = poly * x - 3.333332241e-01
     poly = poly * x + 5.000000000e-01
     return x * x * poly
+
+
+@triton.jit
+def log_parts(x):
+    """k and f in [sqrt(1/2) - 1, sqrt(2) - 1) with 1 + x = 2^k (1 + f), f exactly x where k is 0; for 1 + x > 0.
+
+    ln(1 + x) = k ln 2 + f - log_remainder(f), to full relative accuracy.
+    """
+    bits = (1.0 + x).to(tl.int32, bitcast=True)
+    k = (bits - SQRT_HALF) >> 23
+    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    return k.to(tl.float32), tl.where(k == 0, x, f)
 
 
 @triton.jit

@@ -1,20 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton, first half of a row: centre and sums, and how programs of a row merge them. Plan: rows_triton.py."""
+"""Triton, first pass over a row: centre and sums together, read once. Plan: rows_triton.py."""
 
 import triton
 import triton.language as tl
 
-from opsd_kernels.divergence import KINDS
-from opsd_kernels.triton_math import exp_remainder, ln_one_plus, log_remainder, times
-
-REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
-FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
-JSD = tl.constexpr(KINDS.index("jsd"))
-# Partial results of a program, each `splits` floats apart in (rows, PARTS, splits):
-# 0-2 centre, 3-9 sums, 10-15 terms, 16-17 logits of the sampled token (first program only)
-PARTS = 18
-TERMS = tl.constexpr(10)
-TOKEN = tl.constexpr(16)
+from opsd_kernels.triton_math import exp_remainder, times
+from opsd_kernels.triton_sums import FORWARD_KL, REVERSE_KL, SUMS, TOKEN, moved, peak, teacher_at
 
 
 @triton.jit
@@ -26,131 +17,116 @@ def segment(vocab, tile: tl.constexpr, splits: tl.constexpr):
 
 
 @triton.jit
-def centre_kernel(z_s, second, tokens, parts, vocab, stride, delta: tl.constexpr, tile: tl.constexpr,
-                  splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    begin, end = segment(vocab, tile, splits)
-    lane = tl.arange(0, tile)
-    top = tl.full([tile], float("-inf"), tl.float32)
-    teacher_top = tl.full([tile], float("-inf"), tl.float32)
-    where_top = tl.full([tile], 0, tl.int32)
-    for start in range(begin, end, tile):
-        column = start + lane
-        x = tl.load(z_s + row * stride + column, mask=column < end, other=float("-inf"))
-        y = tl.load(second + row * stride + column, mask=column < end, other=float("-inf"))
-        teacher = tl.where(column < end, x - y, float("-inf")) if delta else y
-        where_top = tl.where(x > top, column, where_top)
-        top = tl.where(x > top, x, top)
-        teacher_top = tl.where(teacher > teacher_top, teacher, teacher_top)
-    best = tl.max(top, 0)
-    index = tl.min(tl.where(top == best, where_top, vocab), 0)
-    mine = parts + row * count * splits + tl.program_id(1)
-    tl.store(mine, best)
-    tl.store(mine + 1 * splits, index.to(tl.float32, bitcast=True))
-    tl.store(mine + 2 * splits, tl.max(teacher_top, 0))
-    if tokens is not None:
-        token = tl.load(tokens + row)
-        if (tl.program_id(1) == 0) & (token >= 0) & (token < vocab):
-            tl.store(mine + TOKEN * splits, tl.load(z_s + row * stride + token))
-            tl.store(mine + (TOKEN + 1) * splits, tl.load(second + row * stride + token))
-
-
-@triton.jit
-def merge_centre(second, parts, row, stride, inverse_t, delta: tl.constexpr, splits: tl.constexpr,
-                 count: tl.constexpr):  # fmt: skip
-    """z_s[a], second[a], the teacher's maximum in centred units, and whether it excludes a (-inf).
-
-    Then the teacher is centred at its own maximum, and d is infinite at a.
-    """
-    theirs = parts + row * count * splits + tl.arange(0, splits)
-    tops = tl.load(theirs)
-    indices = tl.load(theirs + splits).to(tl.int32, bitcast=True)
-    top = tl.max(tops, 0)
-    a = tl.min(tl.where(tops == top, indices, 2147483647), 0)
-    second_a = tl.load(second + row * stride + a)
-    teacher_a = top - second_a if delta else second_a
-    teacher_top = tl.max(tl.load(theirs + 2 * splits), 0)
-    excluded = teacher_a == float("-inf")
-    second_a = tl.where(excluded, top - teacher_top if delta else teacher_top, second_a)
-    return top, second_a, (teacher_top - tl.where(excluded, teacher_top, teacher_a)) * inverse_t, excluded
-
-
-@triton.jit
-def elements(z_s, second, row, stride, column, end, top, second_a, t_max, inverse_t, delta: tl.constexpr):
-    """s, t - t_max, d, exp(s), exp(t - t_max) of a tile."""
+def logits(z_s, second, row, stride, column, end):
+    """A tile of both rows; -inf beyond the end."""
     x = tl.load(z_s + row * stride + column, mask=column < end, other=float("-inf"))
-    y = tl.load(second + row * stride + column, mask=column < end, other=float("-inf"))
-    student = x - top
-    other = y - second_a
+    return x, tl.load(second + row * stride + column, mask=column < end, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def centred(x, y, inside, centre, inverse_t, delta: tl.constexpr):
+    """s, t - t_max, d, exp(s), exp(t - t_max) of a tile; centre is (top, ref, t_max, ...)."""
+    student = x - centre[0]
+    other = y - centre[1]
     s = student * inverse_t
     d = (other if delta else student - other) * inverse_t  # subtracted first: equal rows give 0, whatever is fused
     t = (student - other if delta else other) * inverse_t
-    t = tl.where(column < end, t, float("-inf")) - t_max
+    t = tl.where(inside, t, float("-inf")) - centre[2]
     return s, t, d, tl.exp(s), tl.exp(t)
 
 
 @triton.jit
-def sums_kernel(z_s, second, parts, vocab, stride, inverse_t, kind: tl.constexpr, delta: tl.constexpr,
-                tile: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max, _excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    begin, end = segment(vocab, tile, splits)
-    lane = tl.arange(0, tile)
-    zero = tl.zeros([tile], tl.float32)
-    student, difference, far_teacher, far_student = zero, zero, zero, zero
-    moment, student_moment, teacher_moment = zero, zero, zero
-    unit = tl.exp(-t_max)
-    for start in range(begin, end, tile):
-        s, t, d, e_s, e_t = elements(
-            z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
-        )
-        near = tl.abs(d) <= 1.0  # false for inf - inf, whose terms are 0 on the far side
-        d_near = tl.where(near, d, 0.0)
-        e_near = tl.where(near, e_s, 0.0)
-        k = exp_remainder(d_near)
-        student += e_s
-        difference += e_near * (k - d_near)
-        far_teacher += tl.where(near, 0.0, e_t)
-        far_student += tl.where(near, 0.0, e_s)
-        if kind == REVERSE_KL:
-            moment += tl.where(near, e_near * k, times(e_s, d))
-        elif kind == FORWARD_KL:
-            k_back = d_near * d_near - k * (1.0 + d_near)  # exp(-d) k(-d)
-            moment += tl.where(near, unit * e_near * k_back, -times(e_t, d))
-        student_moment += times(e_s, s)
-        teacher_moment += times(e_t, t)
-    mine = parts + row * count * splits + tl.program_id(1)
-    tl.store(mine + 3 * splits, tl.sum(student, 0))
-    tl.store(mine + 4 * splits, tl.sum(difference, 0))
-    tl.store(mine + 5 * splits, tl.sum(far_teacher, 0))
-    tl.store(mine + 6 * splits, tl.sum(far_student, 0))
-    tl.store(mine + 7 * splits, tl.sum(moment, 0))
-    tl.store(mine + 8 * splits, tl.sum(student_moment, 0))
-    tl.store(mine + 9 * splits, tl.sum(teacher_moment, 0))
+def _terms(s, t, d, e_s, e_t, unit, kind: tl.constexpr):
+    """What a column adds to each of the sums."""
+    near = tl.abs(d) <= 1.0  # false for inf - inf, whose terms are 0 on the far side
+    d_near = tl.where(near, d, 0.0)
+    e_near = tl.where(near, e_s, 0.0)
+    k = exp_remainder(d_near)
+    moment = e_near * 0.0
+    if kind == REVERSE_KL:
+        moment = tl.where(near, e_near * k, times(e_s, d))
+    elif kind == FORWARD_KL:
+        k_back = d_near * d_near - k * (1.0 + d_near)  # exp(-d) k(-d)
+        moment = tl.where(near, unit * e_near * k_back, -times(e_t, d))
+    return (
+        e_near,
+        tl.where(near, 0.0, e_s),
+        e_near * (k - d_near),
+        tl.where(near, 0.0, e_t),
+        moment,
+        e_s * tl.maximum(s, -1e4),  # 0 where s is -inf
+        e_t * tl.maximum(t, -1e4),
+    )
 
 
 @triton.jit
-def merge_sums(parts, row, t_max, kind: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):
-    """S, Q in units of exp(t_max), c = ln(Q / S), and the value of the two KLs."""
-    theirs = parts + row * count * splits + tl.arange(0, splits)
-    student = tl.sum(tl.load(theirs + 3 * splits), 0)
-    near = tl.sum(tl.load(theirs + 4 * splits), 0)
-    far_teacher = tl.sum(tl.load(theirs + 5 * splits), 0)
-    far_student = tl.sum(tl.load(theirs + 6 * splits), 0)
-    moment = tl.sum(tl.load(theirs + 7 * splits), 0)
-    unit = tl.exp(-t_max)
-    far = far_teacher * tl.exp(tl.minimum(t_max, 30.0)) - far_student
-    ratio = (near + far) / student  # Q / S - 1
-    teacher = unit * (student + near - far_student) + far_teacher
-    c = tl.where(t_max < 30.0, ln_one_plus(ratio), t_max + tl.log(teacher / student))
-    # where Q is close to S, first-order terms are cancelled before they are summed
-    close = tl.abs(ratio) <= 0.25
-    value = c * 0.0
-    if kind == REVERSE_KL:
-        fine = (moment + far) / student - log_remainder(tl.where(close, ratio, 0.0))
-        value = tl.where(close, fine, (moment - near) / student + c)
-    elif kind == FORWARD_KL:
-        back = tl.where(close, -(near + far) / (student + near + far), 0.0)  # S / Q - 1
-        fine = (moment - unit * far) / teacher - log_remainder(back)
-        value = tl.where(close, fine, (moment + unit * near) / teacher - c)
-    return student, teacher, c, value
+def _raised(state, x, y, teacher, column, second, delta: tl.constexpr):
+    """The state (top, ref, teacher_top, excluded) after a tile: at the greatest student logit so far."""
+    top, ref, teacher_top, excluded = state
+    best = tl.max(x, 0)
+    teacher_best = tl.maximum(teacher_top, tl.max(teacher, 0))
+    rises = best > top
+    a = tl.min(tl.where(x == best, column, 2147483647), 0)
+    at = tl.load(second + a, mask=rises, other=0.0).to(tl.float32)
+    best = tl.where(rises, best, top)
+    out = (at == float("inf") if delta else at == float("-inf")).to(tl.float32)
+    excluded = tl.where(rises, out, excluded)
+    ref = tl.where(rises, at, ref)
+    return best, tl.where(excluded > 0.0, teacher_at(best, teacher_best, delta), ref), teacher_best, excluded
+
+
+@triton.jit
+def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind: tl.constexpr, delta: tl.constexpr,
+                      tile: tl.constexpr, stages: tl.constexpr, lanes: tl.constexpr, splits: tl.constexpr,
+                      count: tl.constexpr):  # fmt: skip
+    """Sums around the greatest student logit so far, moved whenever a tile has a greater one."""
+    row = tl.program_id(0).to(tl.int64)
+    begin, end = segment(vocab, tile, splits)
+    lane = tl.arange(0, tile)
+    lowest = tl.full([], float("-inf"), tl.float32)
+    one = tl.full([], 1.0, tl.float32)
+    state = (lowest, one * 0.0, lowest, one)
+    zero = tl.zeros([lanes], tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero)
+    for start in tl.range(begin, end, tile, num_stages=stages):
+        column = start + lane
+        x, y = logits(z_s, second, row, stride, column, end)
+        teacher = tl.where(column < end, x - y, float("-inf")) if delta else y
+        higher = (x > state[0]) | (teacher > state[2])
+        if tl.max(higher.to(tl.int32), 0) > 0:
+            new = _raised(state, x, y, teacher, column, second + row * stride, delta)
+            sums = moved(sums, state, new, inverse_t, kind, delta)
+            state = new
+        centre = (tl.where(state[0] == float("-inf"), 0.0, state[0]), state[1], peak(state, inverse_t, delta))
+        s, t, d, e_s, e_t = centred(x, y, column < end, centre, inverse_t, delta)
+        new_terms = _terms(s, t, d, e_s, e_t, tl.exp(-centre[2]), kind)
+        sums = _added(sums, new_terms, tile, lanes)
+    mine = parts + row * count * splits + tl.program_id(1)
+    for i in tl.static_range(4):
+        tl.store(mine + i * splits, state[i])
+    for i in tl.static_range(7):
+        tl.store(mine + (SUMS + i) * splits, tl.sum(sums[i], 0))
+    if tokens is not None:
+        token = tl.load(tokens + row)
+        if (tl.program_id(1) == 0) & (token >= 0) & (token < vocab):
+            tl.store(mine + TOKEN * splits, tl.load(z_s + row * stride + token))
+            tl.store(mine + (TOKEN + 1) * splits, tl.load(second + row * stride + token).to(tl.float32))
+
+
+@triton.jit
+def _fold(x, tile: tl.constexpr, lanes: tl.constexpr):
+    """(tile,) -> (lanes,), inside each thread."""
+    return tl.sum(tl.reshape(x, [tile // lanes, lanes]), 0)
+
+
+@triton.jit
+def _added(sums, terms, tile: tl.constexpr, lanes: tl.constexpr):
+    return (
+        sums[0] + _fold(terms[0], tile, lanes),
+        sums[1] + _fold(terms[1], tile, lanes),
+        sums[2] + _fold(terms[2], tile, lanes),
+        sums[3] + _fold(terms[3], tile, lanes),
+        sums[4] + _fold(terms[4], tile, lanes),
+        sums[5] + _fold(terms[5], tile, lanes),
+        sums[6] + _fold(terms[6], tile, lanes),
+    )

@@ -7,17 +7,9 @@ Equations: csrc/row_terms.h, and divergence.py for the gradients.
 import triton
 import triton.language as tl
 
-from opsd_kernels.triton_math import exp_remainder, log_remainder, times
-from opsd_kernels.triton_stats import FORWARD_KL, JSD, REVERSE_KL, TERMS, elements, merge_centre, merge_sums, segment
-
-
-@triton.jit
-def _far_ratios(u, beta):
-    """g = ln(M/p), h = ln(q/M), from the side on which exp cannot overflow."""
-    shrinks = u < 0.0
-    y = tl.exp(-tl.abs(u)) - 1.0
-    side = tl.log(1.0 + tl.where(shrinks, beta, 1.0 - beta) * y)
-    return tl.where(shrinks, side, u + side), tl.where(shrinks, u - side, -side)
+from opsd_kernels.triton_math import LN2, exp_remainder, log_parts, log_remainder, times
+from opsd_kernels.triton_sums import FORWARD_KL, JSD, REVERSE_KL, TERMS, merge, normalisers, total
+from opsd_kernels.triton_stats import centred, logits, segment
 
 
 @triton.jit
@@ -38,37 +30,43 @@ def term(p, q, r, beta, kind: tl.constexpr):
         kept = tl.where(near, p * (safe * safe - k * (1.0 + safe)), f + (p - q))
         return f, kept, f, tl.where(near, p * (safe - k), p - q)
     near = tl.abs(r) <= 0.25
-    growth = tl.where(near, -r, 0.0)
-    growth += exp_remainder(-growth)  # q / p - 1
-    back = (beta - 1.0) * growth / (1.0 + growth)
-    g, h = _far_ratios(-r, beta)
-    forth = beta * growth
-    remainder = log_remainder(forth)
-    student = tl.where(near, p * remainder, beta * (q - p) - times(p, g))
-    teacher = tl.where(near, p * (1.0 + growth) * log_remainder(back), (1.0 - beta) * (p - q) + times(q, h))
-    f = (1.0 - beta) * student + beta * teacher
-    return f, f, student, tl.where(near, remainder - forth, -g)
+    u = tl.where(near, -r, 0.0)
+    remainder = exp_remainder(-u)
+    growth = u + remainder  # q / p - 1
+    grows = r < -0.25  # then M / p from the teacher's side, from which exp cannot overflow
+    y = tl.where(grows, 1.0 - beta, beta) * tl.where(near, growth, tl.exp(-tl.abs(r)) - 1.0)
+    exponent, y = log_parts(y)
+    to_mixture = log_remainder(y)
+    log_side = exponent * LN2 + (y - to_mixture)
+    g = tl.where(grows, log_side - r, log_side)  # ln(M/p)
+    h = tl.where(grows, -log_side, -r - log_side)  # ln(q/M)
+    # f / p = b u exp(u) - m ln m with m = M / p, both sides without their terms of first order
+    inner = beta * (u * growth - remainder) - (y * y - to_mixture * (1.0 + y))
+    f = tl.where(near, p * inner, beta * times(q, h) - (1.0 - beta) * times(p, g))
+    student = tl.where(near, p * to_mixture, beta * (q - p) - times(p, g))
+    return f, f, student, -g
 
 
 @triton.jit
 def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips: tl.constexpr, kind: tl.constexpr,
-                 delta: tl.constexpr, tile: tl.constexpr, splits: tl.constexpr,
+                 delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr, splits: tl.constexpr,
                  count: tl.constexpr):  # fmt: skip
     """The sums of Terms in csrc/row_terms.h, in that order."""
     row = tl.program_id(0).to(tl.int64)
-    top, second_a, t_max, _excluded = merge_centre(second, parts, row, stride, inverse_t, delta, splits, count)
-    student, teacher, c, _kl = merge_sums(parts, row, t_max, kind, splits, count)
+    centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
+    student, teacher, c, _kl = normalisers(sums, centre[2], kind)
+    per_student, per_teacher = 1.0 / student, 1.0 / teacher
     begin, end = segment(vocab, tile, splits)
     lane = tl.arange(0, tile)
     zero = tl.zeros([tile], tl.float32)
-    total, value, part, kept, lost, student_lost = zero, zero, zero, zero, zero, zero
-    for start in range(begin, end, tile):
-        _s, _t, d, e_s, e_t = elements(
-            z_s, second, row, stride, start + lane, end, top, second_a, t_max, inverse_t, delta
-        )
-        p, q = e_s / student, e_t / teacher
+    sure, value, part, kept, lost, student_lost = zero, zero, zero, zero, zero, zero
+    for start in tl.range(begin, end, tile, num_stages=stages):
+        column = start + lane
+        z, other = logits(z_s, second, row, stride, column, end)
+        _s, _t, d, e_s, e_t = centred(z, other, column < end, centre, inverse_t, delta)
+        p, q = e_s * per_student, e_t * per_teacher
         f, safe, to_student, x = term(p, q, d + c, beta, kind)
-        total += safe
+        sure += safe
         if clips:
             over = f > clip
             mass = q if kind == FORWARD_KL else p
@@ -81,7 +79,7 @@ def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips
         else:
             part += to_student
     mine = parts + row * count * splits + tl.program_id(1)
-    tl.store(mine + TERMS * splits, tl.sum(total, 0))
+    tl.store(mine + TERMS * splits, tl.sum(sure, 0))
     tl.store(mine + (TERMS + 1) * splits, tl.sum(value, 0))
     tl.store(mine + (TERMS + 2) * splits, tl.sum(part, 0))
     tl.store(mine + (TERMS + 3) * splits, tl.sum(kept, 0))
@@ -92,13 +90,12 @@ def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips
 @triton.jit
 def merge_terms(parts, row, clips: tl.constexpr, kind: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):
     """Value, sum for the shift of the slope, mass of kept and of clipped columns, the student's on clipped ones."""
-    theirs = parts + row * count * splits + tl.arange(0, splits)
-    safe = tl.sum(tl.load(theirs + TERMS * splits), 0)
-    value = tl.sum(tl.load(theirs + (TERMS + 1) * splits), 0)
-    part = tl.sum(tl.load(theirs + (TERMS + 2) * splits), 0)
-    kept = tl.sum(tl.load(theirs + (TERMS + 3) * splits), 0)
-    lost = tl.sum(tl.load(theirs + (TERMS + 4) * splits), 0)
-    student_lost = tl.sum(tl.load(theirs + (TERMS + 5) * splits), 0)
+    safe = total(parts, row, TERMS, splits, count)
+    value = total(parts, row, TERMS + 1, splits, count)
+    part = total(parts, row, TERMS + 2, splits, count)
+    kept = total(parts, row, TERMS + 3, splits, count)
+    lost = total(parts, row, TERMS + 4, splits, count)
+    student_lost = total(parts, row, TERMS + 5, splits, count)
     if not clips:
         return safe, part, kept, lost, student_lost
     if kind == JSD:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from opsd_kernels import Divergence
 from tests.kernels import cases
 
 pytest.importorskip("triton", reason="Triton is published for Linux on x86-64 only")
@@ -15,12 +16,11 @@ if cases.INTERPRETED:
     pytest.skip("this is the process that the tests below start", allow_module_level=True)
 
 HERE = Path(__file__).parent
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def test_interpreter_passes_the_same_tests():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
-    files = [str(HERE / name) for name in ("test_accuracy.py", "test_rows.py", "test_op.py")]
+    files = [str(HERE / name) for name in ("test_accuracy.py", "test_rows.py", "test_moving_centre.py", "test_op.py")]
     # a program takes a tenth of a second there: only what depends on the row kernel
     elsewhere = (
         "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits or nothing_reaches"
@@ -39,82 +39,57 @@ def test_interpreter_passes_the_same_tests():
     assert re.search(r"[1-9]\d+ passed", run.stdout), run.stdout
 
 
-def kernels(with_clips):
-    """(name, kernel, kind, clips) of what run() launches; delta changes too little to be compiled twice."""
-    from opsd_kernels import triton_gradient, triton_stats, triton_terms
+def divergences(capability):
+    """Those that a row is compiled for: clipped ones where registers are scarce, and on the reference machine."""
     from opsd_kernels.divergence import KINDS
 
-    yield "centre", triton_stats.centre_kernel, "reverse_kl", False
-    yield "terms jsd", triton_terms.terms_kernel, "jsd", False
-    for kind in KINDS:
-        yield f"sums {kind}", triton_stats.sums_kernel, kind, False
-        yield f"gradient {kind}", triton_gradient.gradient_kernel, kind, False
-        if with_clips:
-            yield f"clipped terms {kind}", triton_terms.terms_kernel, kind, True
-            yield f"clipped gradient {kind}", triton_gradient.gradient_kernel, kind, True
-
-
-def compile_for(kernel, kind, clips, capability, delta):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from opsd_kernels.divergence import KINDS, Divergence
-    from opsd_kernels.launch import TABLE
-    from opsd_kernels.rows_triton import gradient_tile
-    from opsd_kernels.triton_stats import PARTS
-
-    launch = TABLE[capability]
-    tile = launch.tile
-    if "grad" in kernel.arg_names:
-        tile = gradient_tile(launch, Divergence(kind, clip=1.0 if clips else None))
-    constants = {"delta": delta, "tile": tile, "splits": launch.splits, "count": PARTS}
-    constants |= {"kind": KINDS.index(kind), "with_grad": True, "clips": clips}
-    types = {"vocab": "i32", "stride": "i32", "grad_stride": "i32", "out_stride": "i32", "inverse_t": "fp32"}
-    types |= {"beta": "fp32", "clip": "fp32", "grad": "*bf16", "tokens": "*i64"}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if signature[name].startswith("*") or "stride" in name
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
+    clips = (None, 1.0) if capability in (90, 120) else (None,)
+    return [Divergence(kind, clip=clip) for kind in KINDS for clip in clips]
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_compiles_without_spilling(capability, tmp_path, record_property):
-    import triton
+def test_compiles_without_spilling(capability, record_property):
+    from opsd_kernels.launch import TABLE, Where, label, launch_for
+    from opsd_kernels.offline import compile_for, resources
+    from opsd_kernels.rows_triton import names
 
-    from opsd_kernels.launch import TABLE
-
-    assert capability in TABLE
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for name, kernel, kind, clips in kernels(with_clips=capability in (90, 120)):  # one of each launch
-        compiled = compile_for(kernel, kind, clips, capability, delta=False)
-        cubin = tmp_path / f"{name}.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [str(cuobjdump), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        registers, stack, _, local = map(int, RESOURCES.search(usage).groups())
-        record_property(name, registers)
-        assert (stack, local) == (0, 0), f"{name} spills on sm_{capability}: {usage}"
+    assert Where(capability) in TABLE
+    for divergence in divergences(capability):
+        divided = label(divergence.kind, divergence.clip is not None)
+        launch = launch_for(capability, 151936, "bfloat16", divided)
+        for name in names(divergence):
+            found = resources(compile_for(name, launch, divergence, capability))
+            record_property(f"{name} {divided}", found.registers)
+            assert not found.obstacle(capability), f"{name} {divided} on sm_{capability}"
 
 
-def test_launch_table_is_looked_up_by_family():
-    from opsd_kernels.launch import TABLE, launch_for
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_a_row_that_spills_or_asks_for_too_much_is_refused():
+    from opsd_kernels.launch import Launch, Tile
+    from opsd_kernels.offline import Resources, compile_for, resources
 
-    assert launch_for(87) == TABLE[86]
-    assert launch_for(103) == TABLE[100]
+    crowded = Launch.of(Tile(8192, 4), splits=8)  # 64 columns a thread
+    found = resources(compile_for("terms", crowded, Divergence("jsd", clip=1.0), 90))
+    assert found.obstacle(90) == f"spills {found.stack + found.local} bytes"
+    assert not Resources(128, 0, 0, 100 << 10).obstacle(90)
+    assert Resources(128, 0, 0, 100 << 10).obstacle(89) == "102400 bytes of shared memory, at most 101376"
+
+
+def test_launch_table_is_looked_up_by_family_and_prefers_what_is_specific(monkeypatch):
+    from opsd_kernels import launch
+
+    rows = [launch.Where(80), launch.Where(90), launch.Where(90, vocab=65536), launch.Where(90, divergence="jsd")]
+    rows.append(launch.Where(90, gradient="float32", divergence="jsd"))
+    monkeypatch.setattr(launch, "TABLE", {row: row for row in rows})
+    look_up = launch.launch_for
+    assert look_up(87, 1000, "bfloat16", "jsd") == rows[0]
+    assert look_up(103, 1000, "bfloat16", "reverse_kl") == rows[1]
+    assert look_up(90, 65536, "bfloat16", "reverse_kl") == rows[2]
+    assert look_up(90, 65536, "bfloat16", "jsd") == rows[3]
+    assert look_up(90, 1000, "float32", "jsd") == rows[4]
     with pytest.raises(ValueError, match=r"expected compute capability 8\.0 or newer, got 7\.5"):
-        launch_for(75)
+        look_up(75, 1000, "bfloat16", "jsd")
 
 
 def test_importing_the_package_loads_no_triton():

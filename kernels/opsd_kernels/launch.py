@@ -1,4 +1,4 @@
-"""Launch table of the Triton row kernels: data. `python -m opsd_kernels.tune` measures rows on the device it runs on."""
+"""Launch table of the Triton row kernels: data. `python -m opsd_kernels.tune` measures rows for it on a device."""
 
 from dataclasses import dataclass
 

@@ -9,6 +9,8 @@ written by one of them and merged in a fixed order: no atomics, so two runs agre
 `grad` is written to, and the logits that a later pass needs by index are kept apart, so that `grad` may be z_s.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -68,23 +70,28 @@ class Passes:
         tokens: Tensor | None,
         launch: Launch,
     ) -> None:
-        self.names = names(divergence)
+        self.names, self.rows = names(divergence), z_s.shape[0]
         self.launch, self.divergence, self.is_delta, self.with_grad = launch, divergence, is_delta, grad is not None
         target = z_s if grad is None else grad
         self.tensors = {"z_s": z_s, "second": z_t, "tokens": tokens, "scale": scale, "grad": target, "out": out.table}
         self.tensors["parts"] = torch.empty(z_s.shape[0], PARTS, launch.splits, device=z_s.device)
         self.numbers = {
             "vocab": z_s.shape[1],
-            **{"stride": z_s.stride(0), "grad_stride": target.stride(0), "out_stride": out.table.stride(0)},
-            **{"inverse_t": 1.0 / divergence.temperature, "beta": divergence.beta, "clip": divergence.clip or 0.0},
+            "stride": z_s.stride(0),
+            "grad_stride": target.stride(0),
+            "out_stride": out.table.stride(0),
+            "inverse_t": 1.0 / divergence.temperature,
+            "beta": divergence.beta,
+            "clip": divergence.clip or 0.0,
         }
 
-    def start(self, name: str) -> None:
+    def start(self, name: str) -> Any:
+        """Launch a kernel; returns what Triton compiled."""
         kernel = KERNELS[name]
         arguments = {k: v for k, v in (self.tensors | self.numbers).items() if k in kernel.arg_names}
         splits = self.launch.splits if name != "gradient" or self.with_grad else 1
         compiled_for = constants(name, self.launch, self.divergence, self.is_delta, self.with_grad)
-        kernel[self.tensors["z_s"].shape[0], splits](**arguments, **compiled_for)
+        return kernel[self.rows, splits](**arguments, **compiled_for)
 
 
 def names(divergence: Divergence) -> tuple[str, ...]:

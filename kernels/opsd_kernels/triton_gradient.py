@@ -6,8 +6,8 @@ import triton.language as tl
 
 from opsd_kernels.rows import RESULTS
 from opsd_kernels.triton_math import times
-from opsd_kernels.triton_sums import FORWARD_KL, JSD, TOKEN, merge, normalisers
 from opsd_kernels.triton_stats import centred, logits, segment
+from opsd_kernels.triton_sums import FORWARD_KL, JSD, TOKEN, merge, normalisers
 from opsd_kernels.triton_terms import merge_terms, term
 
 VALUE = tl.constexpr(RESULTS.index("value"))

@@ -6,6 +6,7 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF = tl.constexpr(0x3F3504F3)  # bits of sqrt(1/2) in fp32
 
+
 @triton.jit
 def exp_remainder(x):
     """exp(-x) - 1 + x >= 0 for |x| <= 1, to full relative accuracy."""

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.triton_math import LN2, exp_remainder, log_parts, log_remainder, times
-from opsd_kernels.triton_sums import FORWARD_KL, JSD, REVERSE_KL, TERMS, merge, normalisers, total
 from opsd_kernels.triton_stats import centred, logits, segment
+from opsd_kernels.triton_sums import FORWARD_KL, JSD, REVERSE_KL, TERMS, merge, normalisers, total
 
 
 @triton.jit

@@ -17,7 +17,7 @@ if INTERPRETED:
     _call = InterpretedFunction.__call__
 
     def _called(self, *args, **kwargs):
-        """Functions of ours that a kernel calls: the language is patched already, and doing it again takes most of the time."""
+        """The language is patched already when a kernel calls one of ours; doing it again takes most of the time."""
         ours = self.fn.__module__.startswith("opsd_kernels")
         return self.rewrite()(*args, **kwargs) if ours else _call(self, *args, **kwargs)
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.affect.unibench import command as mer_unibench
 from opsd.answers import answer, finished_run, load_student
 from opsd.cli import guard
 from opsd.data import Example, labelled, read_examples
@@ -98,7 +97,9 @@ def _write(out: Path, rows: list[Example], texts: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["mer-unibench"]:
-        return mer_unibench.main(words[1:])
+        from opsd.affect.unibench import command  # the trainer imports this module, and has no use for the benchmark
+
+        return command.main(words[1:])
     made = argparse.ArgumentParser(
         prog="python -m opsd.evaluate",
         description="Accuracy of a run's newest checkpoint on held-out rows, greedy, without rationale.",

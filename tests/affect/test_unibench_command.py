@@ -22,7 +22,7 @@ from opsd.affect.unibench.truth import read_truth
 from opsd.affect.unibench.wheels import load_wheels
 from opsd.errors import InputError
 from opsd.train import train
-from tests.affect.wheel_files import write_csv, write_data, write_predictions, write_wheels
+from tests.affect.wheel_files import write_corpus, write_csv, write_data, write_predictions, write_wheels
 from tests.files import tone, write_wav
 from tests.jobs import text_job
 from tests.models import save_text_model
@@ -88,6 +88,20 @@ def test_all_nine_from_responses(folder, capsys):
     assert by_clip["mer2023", "a3"]["score"] is None, "a neutral clip leaves HIT"
     assert by_clip["sims", "v3"]["score"] is None, "a valence of 0 leaves WAF"
     assert "MER-UniBench" in capsys.readouterr().out
+
+
+def test_datasets_are_resampled_independently(folder):
+    """Four sets with the same clips and answers: the interval of the mean is half as wide as theirs."""
+    clips = {f"v{n}": {"val": 1.0 if n % 2 else -1.0} for n in range(80)}
+    names = ["cmumosi", "cmumosei", "sims", "simsv2"]
+    for name in names:
+        write_corpus(folder / f"data/{name}-process/label.npz", "test_corpus", clips)
+        said = {clip: "positive" if n % 4 < 2 else "negative" for n, clip in enumerate(clips)}
+        write_predictions(folder / "said", name, "c-openset-sentiment", filenames=[*said], fileitems=[*said.values()])
+    assert evaluate.main(words(folder, "--predictions", folder / "said", "--datasets", ",".join(names))) == 0
+    found = record(folder)
+    widths = [entry["high"] - entry["low"] for entry in found["datasets"].values()]
+    assert found["mean_high"] - found["mean_low"] == pytest.approx(np.mean(widths) / 2, rel=0.15)
 
 
 def test_the_mean_is_unweighted_and_published_rows_add_up():

@@ -96,7 +96,7 @@ def waf(sums: Array) -> Array:
     return _divide((tp + fn) * positive + (fp + tn) * negative, sums.sum(-1), otherwise=np.nan)
 
 
-def replicates(columns: Array, score: Callable[[Array], Array], number: int, seed: int) -> Array:
+def replicates(columns: Array, score: Callable[[Array], Array], number: int, seed: int | Sequence[int]) -> Array:
     """(number,) scores of datasets drawn from the clips with replacement, as many as there are (the bootstrap)."""
     n = len(columns)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=number).astype(np.float64)

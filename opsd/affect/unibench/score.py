@@ -65,7 +65,8 @@ def score(
         dataset,
         float(formula(columns.sum(0))),
         more,
-        metrics.replicates(columns, formula, bootstrap.replicates, bootstrap.seed),
+        # a stream of its own per dataset: the interval of the mean takes datasets to be independent
+        metrics.replicates(columns, formula, bootstrap.replicates, [bootstrap.seed, *dataset.name.encode()]),
         [
             {"dataset": dataset.name, "clip": name, "truth": truth[name], "answer": answers[name], "score": value}
             for name, value in zip(truth, of_clip, strict=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 from opsd.attention import merge
 from opsd.decode_attention import attend_rows
 from opsd.draw import Draw
-from opsd.engine import Stored
 from opsd.model import LanguageModel
+from opsd.prefix_entry import Stored
 from opsd.sampling import Sampling
 
 _FIRST_COLUMNS = 64

@@ -9,8 +9,6 @@ Letters: B prompts, P prompt tokens, R responses, T tokens of one, N of all, S t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +17,9 @@ from opsd import plain
 from opsd.attention import PackedKV
 from opsd.model import LanguageModel
 from opsd.packing import Packed, Span, Tree
+from opsd.prefix_entry import Stored
 from opsd.prompts import PER_TOKEN, Prompt
 from opsd.responses import Responses
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A computed prompt: what its responses attend to, where they go on, and what predicts their first token."""
-
-    keys: list[Tensor]  # per layer (Hkv, P, d)
-    values: list[Tensor]
-    next_position: int
-    last_hidden: Tensor  # (D,)
 
 
 def response_hidden(
@@ -161,6 +150,3 @@ def _kept(
 
 def _arange(spans: Sequence[Span]) -> Tensor:
     return torch.cat([torch.arange(start, start + length) for start, length in spans] or [torch.arange(0)])
-
-
-__all__: list[Any] = ["Responses", "Stored", "forward", "prefill", "response_hidden"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ class Group:
     texts: list[str]  # decoded responses
     scores: dict[str, float]  # sums over responses of what the answers are worth; none for gold answers
     advantages: Tensor | None = None  # (R,) fp32, of every response
+    again: tuple[bool, ...] = ()  # of every prompt: another pass of the step has responses to it too
 
     @property
     def rows(self) -> list[Example]:
@@ -47,7 +49,8 @@ def micro_batches(config: Config, group: Group) -> list[Group]:
     budget, responses = config.engine.token_budget, group.responses
     made = units(sizes, responses.owners, responses.lengths, budget)
     bins = first_fit_decreasing([unit.tokens for unit in made], budget)
-    return [_part(group, [made[i] for i in chosen]) for chosen in bins]
+    parts = Counter(unit.prompt for unit in made)
+    return [_part(group, [made[i] for i in chosen], parts) for chosen in bins]
 
 
 def with_advantages(config: Config, group: Group) -> Group:
@@ -62,7 +65,7 @@ def with_advantages(config: Config, group: Group) -> Group:
     return replace(group, advantages=values)
 
 
-def _part(group: Group, chosen: list[Unit]) -> Group:
+def _part(group: Group, chosen: list[Unit], parts: Counter[int]) -> Group:
     """Some units of a step as a group of its own."""
     prompts = [unit.prompt for unit in chosen]
     rows = [i for unit in chosen for i in unit.responses]
@@ -76,4 +79,5 @@ def _part(group: Group, chosen: list[Unit]) -> Group:
         [group.texts[i] for i in rows],
         {},
         None if group.advantages is None else group.advantages[index.to(group.advantages.device)],
+        tuple(parts[i] > 1 for i in prompts),
     )

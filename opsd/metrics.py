@@ -49,6 +49,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     steps = step - run.logged
     record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in _PHASES[run.config.objective.kind]}
     record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
+    if run.teacher_cache is not None:
+        record |= run.teacher_cache.metrics()
     record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
     run.logged = step
     run.directory.append("metrics", record)

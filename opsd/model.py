@@ -146,6 +146,11 @@ class LanguageModel:
         return self.module.get_base_model() if self.has_adapter else self.module
 
     @property
+    def compute(self) -> str:
+        """What a forward depends on beside weights and inputs: the dtype it computes in."""
+        return "bfloat16" if self._mixed else str(next(self.module.parameters()).dtype)
+
+    @property
     def _mixed(self) -> bool:
         # Full fine-tuning in bf16 keeps fp32 weights: at lr 1e-6 a bf16 weight would not move.
         return self.config.dtype == "bfloat16" and not self.has_adapter

@@ -16,9 +16,10 @@ import torch
 from opsd import plain
 from opsd.decode import Room, Slots
 from opsd.draw import Draw
-from opsd.engine import Stored, prefill
+from opsd.engine import prefill
 from opsd.graphs import Graphs
 from opsd.model import LanguageModel
+from opsd.prefix_entry import Stored
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.sampling import Sampling

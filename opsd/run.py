@@ -20,10 +20,12 @@ from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.model import LanguageModel, load_model
 from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
+from opsd.prefix_store import open_store
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder, can_teach, verify
 from opsd.rollout import Rollouts
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
+from opsd.teacher_cache import TeacherCache
 
 # What a resumed run may change: none of it moves a metric that is compared.
 _FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_")
@@ -39,6 +41,7 @@ class Run:
     model: LanguageModel
     rollouts: Rollouts
     teacher: Teacher
+    teacher_cache: TeacherCache | None
     optimizer: Optimizer
     config: Config
     directory: RunDir
@@ -76,6 +79,8 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
     try:
         yield run
     finally:
+        if run.teacher_cache is not None:
+            run.teacher_cache.store.flush()
         run.progress.close()
 
 
@@ -108,6 +113,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
         model,
         Rollouts(model, config.rollout.slots, config.rollout.graphs, config.engine.share_prefix),
         teacher,
+        _teacher_cache(config, model),
         optimizer,
         config,
         directory,
@@ -175,6 +181,13 @@ def _same_config(config: Config, saved: Config, file: Path) -> None:
 
 def _flat(config: Config) -> dict[str, object]:
     return {f"{s}.{k}": v for s, keys in config.model_dump(mode="json").items() for k, v in keys.items()}
+
+
+def _teacher_cache(config: Config, model: LanguageModel) -> TeacherCache | None:
+    if config.objective.kind != "distill" or not config.engine.share_prefix:
+        return None
+    store = open_store(config.engine, model.device)
+    return TeacherCache(store) if store is not None else None
 
 
 def _try_loss(model: LanguageModel, config: Config) -> None:

@@ -41,7 +41,8 @@ def teach(run: Run, group: Group) -> tuple[Tensor, Tensor | None] | None:
     """The teacher's hidden states of the same tokens under its own prompts, and its head; None without a teacher."""
     if group.views is None:
         return None
-    return score(run.teacher, run.model, group.views, group.responses, run.config.engine.share_prefix)
+    share, again = run.config.engine.share_prefix, group.again or None
+    return score(run.teacher, run.model, group.views, group.responses, share, run.teacher_cache, again)
 
 
 def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, sums: Sums) -> Tensor:

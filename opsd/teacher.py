@@ -10,7 +10,7 @@ length of the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -22,10 +22,13 @@ from opsd.engine import response_hidden
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.responses import Responses
+from opsd.teacher_cache import TeacherCache
 
 
 class Teacher(Protocol):
     """Whose weights the model wears while it scores."""
+
+    updates: int | None  # how often they have moved in this process; None where they never do
 
     def weights(self) -> Any:
         """Context manager: inside, the model runs with the teacher's weights."""
@@ -43,14 +46,22 @@ def score(
     prompts: list[Prompt],
     responses: Responses,
     share_prefix: bool = True,
+    cache: TeacherCache | None = None,
+    again: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Teacher hidden states (N, E) of the response tokens under the teacher's prompts, and its head.
+
+    again: prompts that another pass of this step will need, for the cache.
 
     The head is None where it is the student's own tensor: the loss then uses the difference of the hidden states.
     """
     student_storage = model.head.data_ptr()
     with torch.no_grad(), model.mode(train=False), teacher.weights():
-        hidden = response_hidden(model, prompts, responses, share_prefix)
+        if cache is not None and share_prefix:
+            again = again if again is not None else [False] * len(prompts)
+            hidden = cache.hidden(model, teacher.updates, prompts, responses, again)
+        else:
+            hidden = response_hidden(model, prompts, responses, share_prefix)
         # Outside the context the parameter points at the student's storage again; this detached view does not.
         head = model.head.detach()
     return hidden, None if head.data_ptr() == student_storage else head
@@ -74,11 +85,15 @@ def build_teacher(config: TeacherConfig, model: LanguageModel) -> Teacher:
 
 
 class LiveTeacher:
+    def __init__(self) -> None:
+        self.updates: int | None = 0
+
     @contextmanager
     def weights(self) -> Iterator[None]:
         yield
 
-    def update(self) -> None: ...
+    def update(self) -> None:
+        self.updates = _next(self.updates)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -89,6 +104,7 @@ class AdapterOffTeacher:
 
     def __init__(self, module: Any):
         self.module = module
+        self.updates: int | None = None
 
     @contextmanager
     def weights(self) -> Iterator[None]:
@@ -110,6 +126,7 @@ class ShadowTeacher:
 
     def __init__(self, parameters: dict[str, nn.Parameter], mu: float | None):
         self.parameters, self.mu = parameters, mu
+        self.updates: int | None = None if mu is None else 0
         self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @contextmanager
@@ -126,6 +143,7 @@ class ShadowTeacher:
     @torch.no_grad()
     def update(self) -> None:
         if self.mu is not None:
+            self.updates = _next(self.updates)
             shadows = list(self.shadow.values())
             students = [p.detach().float() for p in self.parameters.values()]
             torch._foreach_lerp_(shadows, students, 1.0 - self.mu)
@@ -145,6 +163,7 @@ class DenseAverageTeacher:
 
     def __init__(self, module: Any, mu: float):
         self.module, self.mu = module, mu
+        self.updates: int | None = 0
         self.layers = {
             name: layer
             for name, layer in module.named_modules()
@@ -167,6 +186,7 @@ class DenseAverageTeacher:
 
     @torch.no_grad()
     def update(self) -> None:
+        self.updates = _next(self.updates)
         for name, layer in self.layers.items():
             self.average[name].lerp_(self._delta(layer), 1.0 - self.mu)
 
@@ -176,6 +196,10 @@ class DenseAverageTeacher:
     @staticmethod
     def _delta(layer: Any) -> Tensor:
         return layer.get_delta_weight("default").detach().float().clone()
+
+
+def _next(updates: int | None) -> int:
+    return (updates or 0) + 1
 
 
 def _adds(average: Tensor) -> Any:

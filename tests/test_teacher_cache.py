@@ -1,0 +1,129 @@
+"""The teacher's prompts from the cache: exact, never stale, and the same to the bit whether found or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opsd.data import read_examples
+from opsd.engine import response_hidden
+from opsd.group import micro_batches
+from opsd.model import load_model
+from opsd.prefix_entry import Version
+from opsd.prefix_store import open_store
+from opsd.prompts import PromptBuilder
+from opsd.responses import Responses
+from opsd.run import open_run
+from opsd.step import sample, teach
+from opsd.teacher_cache import TeacherCache
+from tests.jobs import text_job
+
+
+@pytest.fixture
+def setting(tmp_path):
+    config = text_job(tmp_path)
+    model = load_model(config.model)
+    builder = PromptBuilder(model.processor, config.prompts, config.media)
+    prompts = [builder.teacher(e) for e in read_examples(config.data.train, config.data)[:3]]
+    generator = torch.Generator().manual_seed(0)
+    words = [torch.randint(4, 20, (n,), generator=generator).tolist() for n in (3, 1, 7, 2, 5, 4)]
+    return config, model, prompts, Responses.pack(words, 2, model.pad_id, model.device)
+
+
+def cache_of(config, model, **changes):
+    store = open_store(config.engine.model_copy(update=changes), model.device)
+    return TeacherCache(store)
+
+
+@torch.no_grad()
+def test_a_hit_is_the_same_to_the_bit_and_computes_responses_only(setting):
+    config, model, prompts, responses = setting
+    cache = cache_of(config, model)
+    first = cache.hidden(model, None, prompts, responses, [False] * 3)
+    assert cache.metrics()["teacher_cache_misses"] == 3
+    model.tokens.take()
+    # another batch: one prompt known, one response of it
+    part = responses.take([3], [0])
+    again = cache.hidden(model, None, prompts[1:2], part, [False])
+    assert model.tokens.take()["computed_tokens"] == responses.lengths[3] - 1
+    fresh = cache_of(config, model).hidden(model, None, prompts[1:2], part, [False])
+    assert torch.equal(again, fresh)
+    assert torch.equal(cache.hidden(model, None, prompts, responses, [False] * 3), first)
+    plain = response_hidden(model, prompts, responses, share_prefix=False)
+    torch.testing.assert_close(first, plain, rtol=1e-5, atol=1e-5)
+    assert cache.metrics()["teacher_cache_hit_rate"] == pytest.approx(4 / 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moving", [True, False], ids=["versioned", "a frozen version would be stale"])
+def test_an_update_never_serves_what_older_weights_computed(setting, moving):
+    config, model, prompts, responses = setting
+    cache = cache_of(config, model)
+    cache.hidden(model, 0 if moving else None, prompts, responses, [True] * 3)
+    for parameter in model.module.parameters():
+        parameter.mul_(1.1)
+    found = cache.hidden(model, 1 if moving else None, prompts, responses, [True] * 3)
+    want = response_hidden(model, prompts, responses, share_prefix=False)
+    close = torch.allclose(found, want, rtol=1e-5, atol=1e-5)
+    assert close == moving  # the other case is the mutant: the version left out
+
+
+@pytest.mark.parametrize("kind", ["ema", "live", "frozen"])
+def test_runs_with_and_without_the_cache_learn_the_same(tmp_path, kind):
+    """Six steps over seven rows: every row comes back, under the same weights only if the teacher is frozen."""
+    from opsd.train import train
+
+    results = []
+    for cache in ("memory", "disk", "none"):
+        words = [
+            f"teacher.kind={kind}", "train.steps=6", "engine.token_budget=40", f"engine.teacher_cache={cache}",
+            f"engine.teacher_cache_dir={tmp_path / 'cache'}", f"train.run_dir={tmp_path / cache}",
+        ]  # fmt: skip
+        run = train(text_job(tmp_path, *words))
+        results.append(run.directory.read("metrics"))
+    memory, disk, none = results
+    assert ("teacher_cache_hit_rate" in memory[-1]) and "teacher_cache_hit_rate" not in none[-1]
+    hits = memory[-1]["teacher_cache_host_hits"]
+    assert hits > 0, "rows came back, or a prompt's responses were split"
+    for ours, other, plain in zip(memory, disk, none, strict=True):
+        assert ours["loss"] == other["loss"], "where a prefix was kept changes nothing"
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_a_second_run_of_a_frozen_teacher_finds_its_prompts_on_disk(tmp_path):
+    from opsd.train import train
+
+    words = ["teacher.kind=frozen", "engine.teacher_cache=disk", f"engine.teacher_cache_dir={tmp_path / 'cache'}"]
+    first = train(text_job(tmp_path, *words, f"train.run_dir={tmp_path / 'a'}"))
+    second = train(text_job(tmp_path, *words, f"train.run_dir={tmp_path / 'b'}"))
+    assert first.teacher_cache.metrics()["teacher_cache_disk_hits"] == 0
+    found = second.teacher_cache.metrics()
+    assert found["teacher_cache_disk_hits"] > 0 and found["teacher_cache_misses"] == 0
+    for ours, theirs in zip(first.directory.read("metrics"), second.directory.read("metrics"), strict=True):
+        assert ours["loss"] == theirs["loss"]
+
+
+def test_prompts_split_over_passes_are_computed_once_per_update(tmp_path):
+    with open_run(text_job(tmp_path, "engine.token_budget=30", "teacher.kind=live")) as run:
+        parts = micro_batches(run.config, sample(run, run.rows(0), 0))
+        assert len(parts) > 4 and any(any(part.again) for part in parts)
+        for part in parts:
+            teach(run, part)
+        counts = run.teacher_cache.metrics()
+        different = len({view.text for part in parts for view in part.views})
+        assert counts["teacher_cache_misses"] == different
+        assert counts["teacher_cache_host_hits"] == sum(len(part.prompts) for part in parts) - different
+        run.teacher.update()
+        teach(run, parts[0])
+        assert run.teacher_cache.metrics()["teacher_cache_misses"] == different + len(parts[0].prompts)
+        assert run.teacher_cache.store.memory[0].kept.bytes < counts["teacher_cache_host_bytes"]
+
+
+def test_the_version_says_whose_weights_only_where_files_outlive_them(setting, tmp_path):
+    config, model, prompts, responses = setting
+    with torch.no_grad():
+        disk = cache_of(config, model, teacher_cache="disk", teacher_cache_dir=tmp_path / "c")
+        disk.hidden(model, None, prompts, responses, [False] * 3)
+        assert len(disk._current(model, None).model) == 64
+        memory = cache_of(config, model)
+        assert memory._current(model, None) == Version("frozen")

@@ -18,7 +18,7 @@ RANKS = [
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "attention_plan attention_kernels attention decode_attention families",
     "rows data media prompts prompt_cache model plain engine rewards",
-    "sampling stopping graphs draw decode rollout teacher objectives optim log",
+    "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
     "checkpoint group run metrics step report ablations answers",
     "affect",
     "evaluate recipes train",

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from opsd.attention_kernels import Kernel, choose_kernel
+from opsd.attention_choice import Choice, choose_kernel
+from opsd.attention_kernels import Kernel
 from opsd.attention_plan import Plan, plan
 from opsd.packing import Packed
 
@@ -37,6 +38,7 @@ class PackedKV:
     packed: Packed
     stored: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values (Hkv, P, d) of all stored roots
     keep: bool = False  # leave this row's keys and values in `kept`
+    attention: Choice = "auto"
 
     def __post_init__(self) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -48,7 +50,7 @@ class PackedKV:
             self.kept[layer] = k, v
         if self.stored is not None:
             k, v = (torch.cat(pair, 1) for pair in zip((k, v), self.stored[layer], strict=True))
-        kernel = choose_kernel(q)
+        kernel = choose_kernel(q, self.attention)
         return _PackedAttention.apply(q, k, v, self.plan(window, kernel, q.device), kernel, scale)
 
     def plan(self, window: int | None, kernel: Kernel, device: torch.device) -> Plan:
@@ -76,6 +78,9 @@ def packed_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if torch.is_autocast_enabled(query.device.type):  # norms of q and k leave autocast in fp32; SDPA would cast them
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = packed.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
     return out.transpose(0, 1)[None], None

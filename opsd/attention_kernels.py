@@ -1,4 +1,4 @@
-"""Attention of one part, forward and backward, with the log-sum-exp in the open. One decision point per device.
+"""Attention of one part, forward and backward, with the log-sum-exp in the open. `attention_choice` picks one.
 
 `cpu_flash`   torch's flash kernel for CPUs
 `cuda_flash`  torch's flash-attention varlen kernels (fp16, bf16)
@@ -18,6 +18,7 @@ _aten = torch.ops.aten
 
 
 class Kernel(Protocol):
+    name: str
     ragged: bool  # takes (tokens, heads, d) and offsets instead of (n, heads, L, d)
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
@@ -30,7 +31,7 @@ class Kernel(Protocol):
 
 
 class CpuFlash:
-    ragged = False
+    name, ragged = "cpu_flash", False
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if dtype == torch.float64 else torch.float32
@@ -51,14 +52,14 @@ class CpuFlash:
 class CudaFlash:
     """Ragged: one call for all spans of a kind."""
 
-    ragged = True
+    name, ragged = "cuda_flash", True
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _aten._flash_attention_forward(
-            q, k, v, *_offsets(part), 0.0, part.causal, False, scale=scale, **_reach(part)
+            q, k, v, *offsets(part), 0.0, part.causal, False, scale=scale, **_reach(part)
         )
         return out, lse.transpose(0, 1)  # (tokens, heads)
 
@@ -67,7 +68,7 @@ class CudaFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # state of a dropout that is off
         return _aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(), *_offsets(part), 0.0,
+            grad.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(), *offsets(part), 0.0,
             part.causal, unused, unused, scale=scale, **_reach(part),
         )  # fmt: skip
 
@@ -75,7 +76,7 @@ class CudaFlash:
 class Dense:
     """S = scale Q K' (masked), lse = logsumexp S, P = exp(S - lse), out = P V; dS = P (dO V' - rowsum(dO out))."""
 
-    ragged = False
+    name, ragged = "dense", False
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if dtype == torch.float64 else torch.float32
@@ -113,20 +114,12 @@ class Dense:
 CPU_FLASH, CUDA_FLASH, DENSE = CpuFlash(), CudaFlash(), Dense()
 
 
-def choose_kernel(query: Tensor) -> Kernel:
-    """By device and dtype."""
-    if query.device.type == "cpu":
-        return CPU_FLASH
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        return CUDA_FLASH
-    return DENSE
-
-
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-def _offsets(part: Part) -> tuple[Tensor, Tensor, int, int]:
+def offsets(part: Part) -> tuple[Tensor, Tensor, int, int]:
+    """Where the spans of queries and keys begin (int32), and the longest of each."""
     assert isinstance(part.queries, Ragged) and isinstance(part.keys, Ragged)
     return part.queries.offsets, part.keys.offsets, part.queries.width, part.keys.width
 

@@ -57,7 +57,7 @@ class Rectangle:
 
     def take(self, x: Tensor) -> Tensor:
         shape = (self.n, self.width)
-        tokens = x[:, self.first : self.first + self.n * self.width] if self.view else x.index_select(1, self.index)
+        tokens = x.narrow(1, self.first, self.n * self.width) if self.view else x.index_select(1, self.index)
         return tokens.unflatten(1, shape).transpose(0, 1)
 
     def take_grad(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Ragged:
         self.offsets = offsets.to(device=device, dtype=torch.int32)
 
     def take(self, x: Tensor) -> Tensor:
-        tokens = x[:, self.first : self.first + self.total] if self.index is None else x.index_select(1, self.index)
+        tokens = x.narrow(1, self.first, self.total) if self.index is None else x.index_select(1, self.index)
         return tokens.transpose(0, 1)
 
     take_grad = take  # nothing is repeated

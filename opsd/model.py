@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | No
     if checkpoint is not None:
         with explained("an adapter of this model", field="--resume"):
             return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
-    targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
+    every = config.lora_targets == "all-linear"
+    targets = _decoder_linear(module) if every else list(config.lora_targets)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -267,6 +269,17 @@ def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | No
     torch.manual_seed(seed)
     with explained("names of modules in the decoder", field="model.lora_targets"):
         return get_peft_model(module, lora)
+
+
+def _decoder_linear(module: Any) -> str:
+    """A pattern of every linear layer in the decoder.
+
+    peft's own "all-linear" goes by last names: the `0` in a tower's list of layers would be the decoder's layer 0.
+    """
+    decoder: Any = module.get_decoder()
+    prefix = next(f"{name}." for name, child in module.named_modules() if child is decoder)
+    linear = {name.rpartition(".")[2] for name, child in decoder.named_modules() if isinstance(child, nn.Linear)}
+    return rf"{re.escape(prefix)}(.*\.)?({'|'.join(sorted(linear))})"
 
 
 def _outside_decoder(module: Any) -> str | None:

@@ -51,7 +51,7 @@ class Slots:
         self.row = torch.full((room.slots,), room.responses, device=device)  # its response; `responses`: nobody's
         self.token = torch.zeros_like(self.row)  # drawn, not yet seen by the model
         self.fed = torch.zeros_like(self.row)  # tokens the model has seen
-        self.start = torch.zeros_like(self.row)  # position of the response's first token
+        self.start = torch.zeros(room.slots, device=device)  # position of the response's first token, maybe a fraction
         self.lane_lengths = torch.ones(room.lanes, dtype=torch.long, device=device)
         self.lanes = [_pair(keys, room.lanes, room.longest_prompt) for keys in like.keys]
         self.columns = [_pair(keys, room.slots, _FIRST_COLUMNS) for keys in like.keys]
@@ -77,7 +77,7 @@ class Slots:
         token, ends = self.draw.next(torch.stack([one.last_hidden for one in prompts]), rows, torch.zeros_like(rows))
         self.token[at] = token
         self.row[at] = rows.masked_fill(ends, self.room.responses)
-        self.start[at] = torch.tensor([one.next_position for one in prompts]).to(device)
+        self.start[at] = torch.tensor([float(one.next_position) for one in prompts]).to(device)
         self.fed[at] = 0
 
     def arrange(self, slots_of_lanes: list[list[int]], fixed: bool) -> None:

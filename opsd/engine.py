@@ -104,10 +104,10 @@ def _positions(
         if stored is None:
             own = model.positions(prompt)
             parts.append(own)
-            start = int(own.max()) + 1
+            start = own.max().item() + 1
         else:
             start = stored.next_position
-        parts += [torch.arange(start, start + fed).expand(model.axes, -1) for fed in tree.children]
+        parts += [(start + torch.arange(fed)).expand(model.axes, -1) for fed in tree.children]
     return torch.cat(parts, 1).to(model.device, non_blocking=True)
 
 
@@ -144,7 +144,7 @@ def _kept(
         layers = [carried.kept[layer] for layer in sorted(carried.kept)]
         keys, values = ([x[:, start : start + length].clone() for x in side] for side in zip(*layers, strict=True))
         last = states[start + length - 1].clone()
-        kept.append(Stored(keys, values, int(model.positions(prompt).max()) + 1, last))
+        kept.append(Stored(keys, values, model.positions(prompt).max().item() + 1, last))
     return kept
 
 

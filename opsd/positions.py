@@ -15,10 +15,11 @@ def axes(module: Any) -> int:
     return 3 if "mrope_section" in parameters else 1
 
 
-def prompt_positions(module: Any, inputs: dict[str, Tensor]) -> Tensor:  # (axes, P) int64, on the host
+def prompt_positions(module: Any, inputs: dict[str, Tensor]) -> Tensor:  # (axes, P), on the host
     """The positions the model itself would compute for this prompt alone.
 
     inputs: what the processor returned for one prompt. Responses go on from the largest position of any axis, plus 1.
+    int64; fp32 in Qwen3-Omni, whose videos stand at fractions.
     """
     length = inputs["input_ids"].shape[1]
     plain = torch.arange(length).expand(axes(module), -1)

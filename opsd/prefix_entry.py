@@ -68,7 +68,7 @@ class Stored:
 
     keys: list[Tensor]  # L of (H, P, d); a windowed layer may hold fewer positions
     values: list[Tensor]  # L of (H, P, d)
-    next_position: int  # of the first response token
+    next_position: float  # of the first response token; a fraction after a video in Qwen3-Omni
     last_hidden: Tensor  # (D,) predicts the first response token
 
     def tensors(self) -> list[Tensor]:

@@ -143,7 +143,7 @@ def _stored(tensors: dict[str, Tensor], words: dict[str, str]) -> Stored:
     layers = range(int(words["layers"]))
     keys = [tensors[f"keys.{layer}"] for layer in layers]
     values = [tensors[f"values.{layer}"] for layer in layers]
-    return Stored(keys, values, int(words["next_position"]), tensors["last_hidden"])
+    return Stored(keys, values, float(words["next_position"]), tensors["last_hidden"])
 
 
 def _is_of(key: PrefixKey, tensors: dict[str, Tensor], words: dict[str, str]) -> bool:

@@ -28,7 +28,7 @@ def load_student(config: Config, checkpoint_path: Path) -> LanguageModel:
     """The model of a checkpoint, on as many threads as the run had."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    return load_model(config.model, checkpoint=checkpoint_path)
+    return load_model(config.model, checkpoint=checkpoint_path, engine=config.engine)
 
 
 def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:

@@ -65,7 +65,7 @@ def forward(
     model.tokens.add(packed.length, packed.padded_length)
     fresh = [prompt for prompt, one in zip(prompts, known, strict=True) if one is None]
     older = [one for one in known if one is not None]
-    carried = PackedKV(packed, _stored_layers(older), keep)
+    carried = PackedKV(packed, _stored_layers(older), keep, model.attention)
     if packed.length:
         ids = _ids(prompts, responses, packed, model.device)
         states = model.forward_packed(ids, _positions(model, prompts, packed, known), _media(fresh, model), carried)

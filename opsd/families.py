@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from opsd import attention
@@ -25,17 +26,28 @@ def install(module: Any) -> None:
 
     A forward that carries no packed row (generate, the plain twin) is SDPA as before.
     """
-    config = module.get_decoder().config
     name = type(module).__name__
-    if reason := _refusal(config):
+    if reason := _refusal(module):
         families = ", ".join(kind.removesuffix("_text") for kind in PACKED)
         raise InputError(f"one of the families {families}", f"{name}: {reason}", field="model.path")
     attention.register()
-    config._attn_implementation = attention.NAME
+    module.get_decoder().config._attn_implementation = attention.NAME
 
 
-def _refusal(config: Any) -> str | None:
+def check_prompt(module: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise InputError for media that make a family's attention other than causal."""
+    if module.config.model_type == "gemma3" and "pixel_values" in inputs:
+        name = type(module).__name__
+        raise InputError(f"text only for {name}, whose images attend in both directions", "an image", field="prompt")
+
+
+def _refusal(module: Any) -> str | None:
     """Why a packed row would be computed wrongly, or None."""
+    if getattr(module, "_is_stateful", False):
+        return "it carries a state from token to token, not only keys and values"
+    config = module.get_decoder().config
+    if any(name.endswith(".sinks") for name, _ in module.named_parameters()):
+        return "its attention has sinks"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
         return f"its layers have {', '.join(sorted(other))}"

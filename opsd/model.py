@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from opsd.attention import Carried
-from opsd.config import ModelConfig
+from opsd.attention_choice import Choice, choose_kernel
+from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError, explained
-from opsd.families import install
+from opsd.families import check_prompt, install
 from opsd.integrations.hf import logit_changes, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
+
+# Checkpoints that speak too are opened as the part that reads and writes text.
+_THINKERS = {
+    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,14 @@ class LanguageModel:
     Student, teacher and rollout all run on this one set of weights (architecture.md, decision 1).
     """
 
-    def __init__(self, module: Any, processor: Any, processor_files: dict[str, bytes], config: ModelConfig):
+    def __init__(
+        self, module: Any, processor: Any, processor_files: dict[str, bytes], config: ModelConfig, engine: EngineConfig
+    ):
         self.module = module
         self.processor = processor
         self.processor_files = processor_files
         self.config = config
+        self.attention: Choice = engine.attention
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
         self.has_adapter = config.adapter == "lora"
@@ -68,6 +79,13 @@ class LanguageModel:
         self.tokens = TokenCount()
         self._positions: WeakKeyDictionary[Prompt, Tensor] = WeakKeyDictionary()
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
+
+    def check_attention(self) -> None:
+        """Choose the kernel of packed rows now, so that one that cannot work is told before the first pass."""
+        decoder = self._base.get_decoder().config
+        width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+        dtype = torch.bfloat16 if self._mixed else self.head.dtype
+        choose_kernel(torch.empty(1, 1, 0, width, dtype=dtype, device=self.device), self.attention)
 
     @property
     def head(self) -> Tensor:
@@ -129,6 +147,7 @@ class LanguageModel:
         """(axes, P) on the host, computed once per prompt."""
         found = self._positions.get(prompt)
         if found is None:
+            check_prompt(self._base, prompt.inputs)
             found = self._positions[prompt] = prompt_positions(self._base, prompt.inputs)
         return found
 
@@ -160,12 +179,15 @@ class LanguageModel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._mixed)
 
 
-def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = None) -> LanguageModel:
+def load_model(
+    config: ModelConfig, seed: int = 0, checkpoint: Path | None = None, engine: EngineConfig | None = None
+) -> LanguageModel:
     """Load model and processor from a folder or hub id, freeze what the config freezes, add the adapter.
 
     seed: of a fresh adapter. checkpoint: a folder with trained weights, or a trained adapter, to take instead of the
-    starting ones. Raises InputError for a path that holds no whole model and processor, a family the engine does not
-    handle, an output head it cannot use, and for a device, attention or adapter that does not work here.
+    starting ones. engine: how packed rows are computed. Raises InputError for a path that holds no whole model and
+    processor, a family the engine does not handle, an output head it cannot use, and for a device, attention or
+    adapter that does not work here.
     """
     from transformers.utils import logging
 
@@ -187,7 +209,9 @@ def load_model(config: ModelConfig, seed: int = 0, checkpoint: Path | None = Non
         files = read_processor_files(source)
     with explained("auto, or a device of this machine", field="model.device"):
         module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LanguageModel(module.eval(), processor, files, config)
+    model = LanguageModel(module.eval(), processor, files, config, engine or EngineConfig())
+    model.check_attention()
+    return model
 
 
 def _read_weights(path: str, config: ModelConfig) -> Any:
@@ -197,8 +221,7 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
     with explained("a model folder or hub id", field="model.path"):
         hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     architecture = (hf_config.architectures or ["(none)"])[0]
-    if architecture in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
-        architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
+    architecture = _THINKERS.get(architecture, architecture)
     cls: Any = getattr(transformers, architecture, object)
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not is_model or hf_config.is_encoder_decoder:

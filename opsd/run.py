@@ -92,7 +92,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     for split, rows in held_out.items():
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
-    model = load_model(config.model, config.train.seed, last.path if last is not None else None)
+    model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     if config.prompts.verify:  # what fits stays in the cache
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0

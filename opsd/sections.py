@@ -152,6 +152,10 @@ class EngineConfig(Section):
     teacher_cache_dir: Local = Field(
         default=Path("runs/cache/teacher"), description="Their folder on disk, which runs may share."
     )
+    attention: Literal["auto", "flash_attn", "flash", "dense"] = Field(
+        default="auto",
+        description="Kernel of packed rows: flash_attn's, torch's own, or the plain definition; auto chooses.",
+    )
 
 
 class RolloutConfig(Section):

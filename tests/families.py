@@ -1,4 +1,4 @@
-"""Every family the packed engine computes, tiny: a config of the real class, and prompts as its processor makes them."""
+"""Every family the packed engine computes, tiny: its config, and prompts as its processor makes them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,14 @@ def rope(**more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], **more}
 
 
-VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
+VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
 WINDOWED = {**VISION, "window_size": 16, "fullatt_block_indexes": [1]}
 DEEPSTACK = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 AUDIO_TOWER = {
@@ -73,6 +80,13 @@ def qwen2() -> tuple[str, Any]:
     from transformers import Qwen2Config
 
     return "Qwen2ForCausalLM", Qwen2Config(**text())
+
+
+def qwen2_windowed() -> tuple[str, Any]:
+    from transformers import Qwen2Config
+
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return "Qwen2ForCausalLM", Qwen2Config(**text(**window))
 
 
 def qwen3() -> tuple[str, Any]:
@@ -135,6 +149,7 @@ FAMILIES = {
     for family in (
         Family("llama", llama),
         Family("qwen2", qwen2),
+        Family("qwen2_windowed", qwen2_windowed),
         Family("qwen3", qwen3),
         Family("gemma3", gemma3),
         Family("qwen2_5_vl", qwen2_5_vl, ("image", "video"), 3),
@@ -234,7 +249,7 @@ class Builder:
 
 
 def prompts(family: Family, rationale: int = 0, seed: int = 0) -> list[Prompt]:
-    """Ragged: media of every kind, two of a kind in one prompt, and a prompt without. rationale: the teacher's extra."""
+    """Ragged, with media of every kind, two of a kind in one prompt, none in another. rationale: extra text tokens."""
 
     def start(i: int) -> Builder:
         return Builder(family, seed + i)

@@ -20,9 +20,10 @@ class Case:
     dtype: torch.dtype
     trainable: bool
     device: str = "cpu"
+    shared: bool = True  # False: the teacher's head is a copy, in memory of its own
 
     def __str__(self) -> str:
-        head = "trainable" if self.trainable else "frozen"
+        head = ("trainable" if self.trainable else "frozen") + ("" if self.shared else ", two heads")
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name} N={self.n} V={self.vocab} D={self.width} {self.kind} {dtype} {head}"
 
@@ -57,6 +58,11 @@ def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         head.to(case.dtype).requires_grad_(case.trainable),
         teacher.to(case.dtype),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def teacher_head(case: Case) -> Tensor | None:
+    return None if case.shared else operands(case)[1].detach().clone()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """What a CUDA machine has to show before anything is timed: exactness, no host sync, capture, repetition."""
 
-import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,25 +18,28 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 SCALE = 1024.0  # upstream gradient: an fp16 head gradient would underflow without a loss scale
 
 
-def small(device: str, kind: str = "jsd", dtype: torch.dtype = torch.bfloat16, trainable: bool = True) -> Case:
-    return Case("check", 301, 5003, 256, kind, dtype, trainable, device)
+SHAPE = (301, 5003, 256)  # tokens, vocabulary, width: multiples of nothing
 
 
-def correctness(device: str) -> list[dict[str, Any]]:
+def small(
+    device: str, kind: str = "jsd", dtype: torch.dtype = torch.bfloat16, trainable: bool = True, shared: bool = True
+) -> Case:
+    return Case("check", *SHAPE, kind, dtype, trainable, device, shared)
+
+
+def correctness(device: str) -> Iterator[dict[str, Any]]:
     """Value, dX and dW of every kind and dtype against fp64, with the error of eager torch beside it."""
-    found = []
-    for dtype in ROUNDING:
-        for kind in KINDS:
-            case = small(device, kind, dtype)
-            tensors = [t.detach() for t in operands(case)]
-            truth = _results(case, [t.double() for t in tensors], dense=True)
-            eager, ours = _results(case, tensors, dense=True), _results(case, tensors, dense=False)
-            for name in truth:
-                mine, theirs = _error(ours[name], truth[name]), _error(eager[name], truth[name])
-                allowed = min(2 * theirs, CEILING[dtype]) + ROUNDING[dtype]
-                row = {"check": f"{name} {kind} {str(dtype)[6:]}", "error": mine, "eager": theirs, "allowed": allowed}
-                found.append(row | {"ok": mine <= allowed})  # NaN is not
-    return found
+    for dtype, kind, shared in itertools.product(ROUNDING, KINDS, (True, False)):
+        case = small(device, kind, dtype, shared=shared)
+        tensors = [t.detach() for t in operands(case)]
+        truth = _results(case, [t.double() for t in tensors], dense=True)
+        eager, ours = _results(case, tensors, dense=True), _results(case, tensors, dense=False)
+        for name in truth:
+            mine, theirs = _error(ours[name], truth[name]), _error(eager[name], truth[name])
+            allowed = min(2 * theirs, CEILING[dtype]) + ROUNDING[dtype]
+            label = f"{name} {kind} {str(dtype)[6:]}, {'one head' if shared else 'two heads'}"
+            ok = mine <= allowed  # NaN is not
+            yield {"check": label, "error": mine, "eager": theirs, "allowed": allowed, "ok": ok}
 
 
 def _results(case: Case, tensors: list[Tensor], dense: bool) -> dict[str, Tensor]:
@@ -43,7 +47,8 @@ def _results(case: Case, tensors: list[Tensor], dense: bool) -> dict[str, Tensor
     if dense:
         value = dense_token_kl(student, head, tensors[2], None, case.divergence)
     else:
-        value = fused_token_kl(student, head, tensors[2], divergence=case.divergence)
+        other = None if case.shared else tensors[1].clone()
+        value = fused_token_kl(student, head, tensors[2], other, divergence=case.divergence)
     (SCALE * value.sum()).backward()
     assert student.grad is not None and head.grad is not None
     return {"value": value.detach(), "dX": student.grad, "dW": head.grad}
@@ -110,10 +115,3 @@ def capture() -> list[dict[str, Any]]:
         row |= {"ok": False, "found": str(error).splitlines()[0]}
     operands.cache_clear()  # the inputs were changed
     return [row]
-
-
-def flat_memory(peak: Any) -> list[dict[str, Any]]:
-    """Extra memory at 4096 and 32768 tokens; peak(case) measures it."""
-    case = Case("memory", 4096, 32000, 512, "jsd", torch.bfloat16, True, "cuda")
-    few, many = (peak(dataclasses.replace(case, n=n)) / 2**20 for n in (4096, 32768))
-    return [{"check": "extra MiB at 4096 and 32768 tokens", "few": few, "many": many, "ok": many <= 1.1 * few + 8}]

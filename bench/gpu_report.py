@@ -1,82 +1,61 @@
-"""One command for a CUDA machine, at most eight minutes: exactness, no host sync, capture, speed, memory.
+"""One command for a CUDA machine, at most eight minutes: exactness, no host sync, capture, speed, tuning, memory.
 
     PYTHONPATH=.:kernels python -m bench.gpu_report [bench/results/gpu]      # writes NAME.json and NAME.png
 
-Needs torch and triton. Peers that are not installed are reported as absent. Without CUDA it says so and exits with 2;
-a failed check or a provider of ours that is wrong exits with 1.
+Needs torch and triton. Peers that are not installed are reported as absent. Each of SECTIONS has its own time, and what
+goes wrong in one stays there (sections.py); NAME.json holds all rows so far at any moment. Without CUDA it says so and
+exits with 2; a failed check, a failed section or a provider of ours that is wrong exits with 1.
 """
 
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import gpu_checks
-from bench.cases import Case, gradient_error, operands, true_gradient
-from bench.measure import interleaved, peak_extra_bytes, summary
-from bench.providers import PROVIDERS, absent, max_error
-from bench.results import Row, environment, row, write
+from bench import gpu_checks, sections
+from bench.cases import Case
+from bench.gpu_sections import VOCAB, WIDTHS, N, ceilings, checks, forget, memory, speed, tuning
+from bench.results import Row, environment, write
+from bench.sections import Section
 
-SECONDS = 450.0  # leaves half a minute of the eight for the slowest step that is under way
-ROUNDS = 25
-SKIPPED = {"torch rows"}  # the fallback is no choice on a GPU
-
-
-def cases(n: int, vocab: int) -> list[Case]:
-    found = [
-        Case("head", n, vocab, width, "jsd", torch.bfloat16, trainable, "cuda")
-        for width in (2048, 4096, 1024)
-        for trainable in (True, False)
-    ]
-    for kind in ("forward_kl", "reverse_kl"):
-        found.append(Case("head", n, vocab, 2048, kind, torch.bfloat16, True, "cuda"))
-    found.append(Case("head", 1024, vocab, 2048, "jsd", torch.bfloat16, True, "cuda"))
-    return found
+SECONDS = 440.0  # no section begins later or is given more; leaves the rest of the eight minutes for its last step
+FAST = ("floor", "triton", "eager", "TRL", "Liger fused")
+EVERYONE = (*FAST, "Liger chunked", "FLA", "torch.compile")
 
 
-def measure(case: Case, seconds: float, names: Iterable[str]) -> list[Row]:
-    """Rows of one case: who is absent, wrong or out of memory, and the timings of everyone else, interleaved."""
-    rows: list[Row] = []
-    steps: dict[str, Callable[[], None]] = {}
-    facts: dict[str, Row] = {}
-    for name in names:
-        reason = absent(name, case)
-        try:
-            if not reason:
-                step = PROVIDERS[name](case)
-                step()
-                error = None if name == "floor" else gradient_error(case)
-                facts[name] = {"extra_mib": peak_extra_bytes(step, case.device) / 2**20, "dx_error": error}
-                if error is not None and not error <= max_error(name, case.dtype):
-                    reason = f"wrong: dX is off by {error:.1e}"
-                else:
-                    steps[name] = step
-        except Exception as error:  # a peer may fail in any way; the report goes on without it
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if reason:
-            rows.append({"case": str(case), "provider": name, "absent": reason})
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-    timings = {name: summary(times) for name, times in interleaved(steps, ROUNDS, seconds).items()}
-    floor_ms = timings["floor"]["ms"] if "floor" in timings else None
-    rows += [row(str(case), name, case.n, timing, floor_ms, **facts[name]) for name, timing in timings.items()]
-    return rows
+def _cases(width: int) -> list[Case]:
+    """Trained with two heads, frozen with two, frozen with one."""
+    forms = ((True, False), (False, False), (False, True))
+    return [Case("head", N, VOCAB, width, "jsd", torch.bfloat16, trains, "cuda", one) for trains, one in forms]
 
 
-def forget() -> None:
-    """The tensors of the case before."""
-    operands.cache_clear()
-    true_gradient.cache_clear()
-    torch._dynamo.reset()
+def _kl(n: int, kind: str, width: int = 2048) -> Case:
+    return Case("head", n, VOCAB, width, kind, torch.bfloat16, True, "cuda", False)
+
+
+# In order of what is missed most when time runs out. A section is a name, seconds and a generator of rows; one more,
+# of an engine say, is one more line here.
+SECTIONS = [
+    Section("correctness", 75, checks(lambda: gpu_checks.correctness("cuda"), lambda: gpu_checks.repetition("cuda"))),
+    Section("host sync", 15, checks(gpu_checks.no_sync)),
+    Section("capture", 15, checks(gpu_checks.capture)),
+    Section("ceilings", 10, ceilings),
+    *(Section(f"speed, D = {width}", 50, speed(*_cases(width), names=FAST)) for width in WIDTHS),
+    Section("speed of the KLs", 30, speed(_kl(N, "reverse_kl"), _kl(N, "forward_kl"), _kl(1024, "jsd"), names=FAST)),
+    Section("memory", 40, memory),
+    Section("tuning", 90, tuning("jsd", "reverse_kl")),
+    Section("speed of every peer", 60, speed(_kl(N, "forward_kl"), _kl(N, "jsd"), names=EVERYONE)),
+]
 
 
 def table(rows: list[Row]) -> list[str]:
     lines = []
-    for case in dict.fromkeys(r["case"] for r in rows):
+    for case in dict.fromkeys(r["case"] for r in rows if "case" in r):
         lines += ["", case]
-        for r in sorted((r for r in rows if r["case"] == case), key=lambda r: r.get("ms", float("inf"))):
+        for r in sorted((r for r in rows if r.get("case") == case), key=lambda r: r.get("ms", float("inf"))):
             if "absent" in r:
                 lines.append(f"  {r['provider']:>14}  absent: {r['absent']}")
                 continue
@@ -89,49 +68,58 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def say(row: Row) -> None:
+    values = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+    print("  ".join(values), flush=True)
+
+
+def healthy() -> bool:
+    """Whether the device still answers; leaves nothing of a section behind."""
+    forget()
+    try:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return bool(torch.ones(8, device="cuda").sum().item() == 8)
+    except Exception:  # an error that stays with the process, of whatever kind
+        return False
+
+
+def finish(target: Path) -> int:
+    """The picture, the tables and what failed; returns the exit code."""
+    path = target.with_suffix(".json")
+    contents = sections.read(path)
+    rows = [row for found in contents["sections"].values() for row in found["rows"]]
+    contents["rows"] = [row for row in rows if "case" in row]
+    contents["failures"] = sections.failures(contents)
+    try:
+        no_picture = write(target, contents)
+    except Exception as error:  # the numbers are on disk already
+        no_picture = f"{type(error).__name__}: {error}"
+    sections.save(path, contents)
+    print("\n".join([*table(contents["rows"]), "", *(f"FAILED {line}" for line in contents["failures"])]))
+    print(f"wrote {path}" + (f"; no picture: {no_picture}" if no_picture else f" and {target}.png"))
+    return 1 if contents["failures"] else 0
+
+
 def main() -> int:
+    arguments = [a for a in sys.argv[1:] if a != "--child"]
+    target = Path(arguments[0] if arguments else "bench/results/gpu")
+    path = target.with_suffix(".json")
+    if len(arguments) < len(sys.argv) - 1:
+        return sections.run(SECTIONS, path, healthy, say)
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured", file=sys.stderr)
         return 2
-    start = time.perf_counter()
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results/gpu")
-    contents: Row = {**environment(), "checks": [], "rows": []}
-    print(f"{contents['gpu']}, {contents['versions']}")
+    contents: Row = {**environment(), "deadline": time.time() + SECONDS, "sections": {}, "rows": []}
+    say({"gpu": contents["gpu"], **contents["versions"]})
+    sections.save(path, contents)
 
-    def peak(case: Case) -> int:
-        step = PROVIDERS["triton"](case)
-        step()
-        return peak_extra_bytes(step, "cuda")
+    def child() -> "subprocess.Popen[Any]":
+        return subprocess.Popen([sys.executable, "-m", "bench.gpu_report", str(target), "--child"])
 
-    for check in (
-        lambda: gpu_checks.correctness("cuda"),
-        lambda: gpu_checks.repetition("cuda"),
-        gpu_checks.no_sync,
-        gpu_checks.capture,
-        lambda: gpu_checks.flat_memory(peak),
-    ):
-        rows = check()
-        contents["checks"] += rows
-        for r in rows:
-            print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in r.items()), flush=True)
-    forget()
-    planned = cases(n=8192, vocab=151936)
-    for i, case in enumerate(planned):
-        left = SECONDS - (time.perf_counter() - start)
-        if left < 10:
-            contents["rows"].append({"case": str(case), "provider": "all", "absent": "no time left"})
-            continue
-        names = [name for name in PROVIDERS if name not in SKIPPED]
-        rows = measure(case, 0.5 * left / (len(planned) - i), names)
-        contents["rows"] += rows
-        print("\n".join(table(rows)), flush=True)
-        write(target, contents)  # what is known so far survives an interruption
-        forget()
-    contents["seconds"] = time.perf_counter() - start
-    no_picture = write(target, contents)
-    print(f"\nwrote {target}.json" + (f"; no picture: {no_picture}" if no_picture else f" and {target}.png"))
-    wrong = [r for r in contents["rows"] if r["provider"] == "triton" and "absent" in r]
-    return 1 if wrong or not all(r["ok"] for r in contents["checks"]) else 0
+    sections.supervise(SECTIONS, path, child)
+    return finish(target)
 
 
 if __name__ == "__main__":

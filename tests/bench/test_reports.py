@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_checks, gpu_report, providers
+from bench import gpu_checks, gpu_report, gpu_sections, providers
 from bench.cases import Case, operands
 from bench.floor import DEVICES, gemm_ms, rows_ms, table
 from bench.measure import peak_extra_bytes
@@ -45,7 +45,10 @@ def test_without_cuda_the_gpu_report_says_so_and_writes_nothing(tmp_path):
 
 
 def test_checks_pass_and_can_fail(monkeypatch):
-    assert all(r["ok"] for r in gpu_checks.correctness("cpu"))
+    monkeypatch.setattr(gpu_checks, "SHAPE", (77, 1003, 64))
+    rows = list(gpu_checks.correctness("cpu"))
+    assert len(rows) == 3 * 3 * 3 * 2
+    assert all(r["ok"] for r in rows)
     assert gpu_checks.repetition("cpu") == [{"check": "bitwise run to run", "ok": True}]
     real = gpu_checks.fused_token_kl
     monkeypatch.setattr(gpu_checks, "fused_token_kl", lambda *a, **k: 1.02 * real(*a, **k))
@@ -59,10 +62,10 @@ def test_a_wrong_provider_is_not_timed_and_a_broken_one_does_not_stop_the_rest(m
     def broken(case):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setattr(gpu_report, "ROUNDS", 3)
+    monkeypatch.setattr(gpu_sections, "ROUNDS", 3)
     monkeypatch.setitem(providers.PROVIDERS, "doubled", doubled)
     monkeypatch.setitem(providers.PROVIDERS, "broken", broken)
-    rows = gpu_report.measure(TINY, 5, ["floor", OURS, "eager", "FLA", "doubled", "broken"])
+    rows = gpu_sections.measure(TINY, 5, ["floor", OURS, "eager", "FLA", "doubled", "broken"])
     found = {r["provider"]: r for r in rows}
     assert "wrong: dX is off by 1.0e+00" in found["doubled"]["absent"]
     assert found["broken"]["absent"] == "RuntimeError: no such kernel"

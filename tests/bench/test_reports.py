@@ -13,7 +13,7 @@ import torch
 
 from bench import gpu_checks, gpu_report, gpu_sections, providers
 from bench.cases import Case, operands
-from bench.floor import DEVICES, gemm_ms, rows_ms, table
+from bench.floor import DEVICES, gemm_ms, ratio, rows_ms, table
 from bench.measure import peak_extra_bytes
 from bench.results import environment, from_pytest_benchmark, write
 from opsd_kernels import rows_native
@@ -34,8 +34,22 @@ def test_floor_of_an_h100():
     assert gemm_ms(h100, 8192, 151936, 4096, trainable=False) == pytest.approx(30.9, abs=0.1)
     assert rows_ms(h100, 8192, 151936, "kl") == pytest.approx(18 * 8192 * 151936 / 3.35e9)
     lines = python("bench.floor").stdout.splitlines()
-    assert lines == table(8192, 151936, [1024, 2048, 4096])
+    assert lines == table(8192, 151936, [1024, 2048, 2560, 4096])
     assert all(any(name in line for line in lines) for name in ("H100", "H200", "A100", "4090", "5090", "L40S", "B200"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "frozen"),
+    [
+        ("kl", [1.51, 1.26, 1.21, 1.13], [1.68, 1.34, 1.27, 1.17]),
+        ("jsd", [1.74, 1.37, 1.30, 1.19], [1.99, 1.49, 1.39, 1.25]),
+    ],
+)
+def test_roofline_is_the_one_the_kernels_were_designed_by(kind, trainable, frozen):
+    """H100, N = 8192, V = 151936: two and three passes over fp32 pairs."""
+    for expected, trains in ((trainable, True), (frozen, False)):
+        found = [ratio(DEVICES["H100"], 8192, 151936, width, trains, kind) for width in (1024, 2048, 2560, 4096)]
+        assert found == pytest.approx(expected, abs=0.0055)
 
 
 def test_without_cuda_the_gpu_report_says_so_and_writes_nothing(tmp_path):

@@ -225,3 +225,10 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | Non
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _twice(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("fused_token_kl is differentiable once (once_differentiable): its backward has no derivative")
+
+
+_backward.register_autograd(_twice)

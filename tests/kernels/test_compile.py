@@ -70,12 +70,14 @@ def test_operator_is_what_it_says():
         torch.library.opcheck(torch.ops.opsd.fused_token_kl.default, (*arguments, *settings))
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-def test_second_derivative_says_why_not(trainable):
+def test_second_derivative_says_why_not(trainable, compiled):
     inputs = cases.mixture(torch.float32, shared=True, n=5)
-    student = inputs.student_hidden.requires_grad_()
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_(trainable)
     weights = torch.ones(5, requires_grad=True)
-    value = (fused_token_kl(student, inputs.head.requires_grad_(trainable), inputs.teacher_hidden) * weights).sum()
+    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True) if compiled else fused_token_kl
+    value = (call(student, head, inputs.teacher_hidden) * weights).sum()
     (grad,) = torch.autograd.grad(value, student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opsd.few_rows import product
 from opsd.model import LanguageModel
 from opsd.responses import Responses
 from opsd.sampling import Sampling, choose, uniforms
@@ -44,7 +45,7 @@ class Draw:
     def next(self, hidden: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,) of responses `rows` at places `at`, recorded; and whether each response ends with its token."""
         head = self.model.head.detach()
-        logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
+        logits = product(hidden, head.to(hidden.dtype)).float()
         uniform = uniforms(self.seeds[rows], self.places[rows], at)
         token, logprob = choose(logits, uniform, self.sampling, self.suppressed)
         self.tokens[rows, at] = token

@@ -17,6 +17,7 @@ from opsd import plain
 from opsd.decode import Room, Slots
 from opsd.draw import Draw
 from opsd.engine import prefill
+from opsd.few_rows import few_rows
 from opsd.graphs import Graphs
 from opsd.model import LanguageModel
 from opsd.prefix_entry import Stored
@@ -47,7 +48,7 @@ class Rollouts:
         seeds: one per prompt. The random number behind token t of response g is a function of (its prompt's seed, g, t)
         alone, so a response does not depend on what else is in the batch, nor on `slots`.
         """
-        with self.model.mode(train=False):
+        with self.model.mode(train=False), few_rows(self.model.module):
             if not self.share_prefix:
                 return _plain(self.model, prompts, sampling, seeds)
             return _Loop(self, prompts, sampling, seeds).run()

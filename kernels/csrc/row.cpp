@@ -6,41 +6,38 @@ namespace OPSD_ISA {
 namespace {
 
 void reverse_gradient(const float* e_s, const float* d, int64_t vocab, float scale, float shift, float* grad) {
-#pragma omp simd
-    for (int64_t i = 0; i < vocab; ++i) grad[i] = times(e_s[i] * scale, d[i] + shift);
+    for_columns(0, vocab, [=](int64_t i, int64_t count) {
+        store(grad + i, times(load(e_s + i, count, 0) * scale, load(d + i, count, 0) + shift), count);
+    });
 }
 
 // kept and lost: the teacher's mass on kept and on clipped columns, 1 and 0 without a clip.
 template <bool DELTA, bool CLIP>
-void forward_gradient(const float* z_s, const float* z_t, const RowOptions o, const Centre centre,
-                      const Sums& sums, const Statistics& st, double kept_mass, double lost_mass, float scale,
-                      float* grad) {
-    const float per_student = static_cast<float>(1.0 / sums.student);
-    const float per_teacher = static_cast<float>(1.0 / st.teacher), c = static_cast<float>(st.c);
-    const float kept = static_cast<float>(kept_mass), lost = static_cast<float>(lost_mass);
-#pragma omp simd
-    for (int64_t i = 0; i < o.vocab; ++i) {
-        const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-        const float p = e.e_s * per_student, q = e.e_t * per_teacher, r = e.d + c;
-        const Term term = forward_term(p, q, r);
-        const float below = lost > 0.5f ? p * kept - q : term.slope - p * lost;  // equal; the one that keeps its digits
-        const float clipped = term.f > o.clip ? p * kept : below;
-        grad[i] = scale * (CLIP ? clipped : term.slope);
-    }
+void forward_gradient(const float* z_s, const float* z_t, const RowOptions& o, const Centre& centre,
+                      const Normaliser& n, float kept, float lost, float scale, float* grad) {
+    for_columns(0, o.vocab, [=](int64_t i, int64_t count) {
+        const Element e = element_at<DELTA>(z_s + i, z_t + i, count, centre, o.inverse_temperature);
+        const Term at = term<FORWARD_KL>(e, n, 0.0f);
+        Vec slope = at.slope;
+        if (CLIP) {
+            const Vec below = lost > 0.5f ? at.p * kept - at.q : slope - at.p * lost;  // equal; the one with digits left
+            slope = at.f > splat(o.clip) ? at.p * kept : below;
+        }
+        store(grad + i, scale * slope, count);
+    });
 }
 
 template <bool DELTA>
-Terms terms_of(float* z_s, float* z_t, const RowOptions o, const Centre centre, const Sums& sums,
-               const Statistics& st) {
+Terms terms_of(float* z_s, float* z_t, const RowOptions& o, const Centre& centre, const Normaliser& n) {
     const bool clips = o.clip < INFINITY;
-    if (o.kind == REVERSE_KL) return terms_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre, sums, st);
-    if (o.kind == FORWARD_KL) return terms_row<DELTA, FORWARD_KL, true>(z_s, z_t, o, centre, sums, st);
-    return clips ? terms_row<DELTA, JSD, true>(z_s, z_t, o, centre, sums, st)
-                 : terms_row<DELTA, JSD, false>(z_s, z_t, o, centre, sums, st);
+    if (o.kind == REVERSE_KL) return terms_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre, n);
+    if (o.kind == FORWARD_KL) return terms_row<DELTA, FORWARD_KL, true>(z_s, z_t, o, centre, n);
+    return clips ? terms_row<DELTA, JSD, true>(z_s, z_t, o, centre, n)
+                 : terms_row<DELTA, JSD, false>(z_s, z_t, o, centre, n);
 }
 
 // From what terms_row left in p and slope: reverse KL and JSD.
-void terms_gradient(const float* p, const float* slope, const RowOptions o, const Terms& terms, float scale,
+void terms_gradient(const float* p, const float* slope, const RowOptions& o, const Terms& terms, float scale,
                     float* grad) {
     if (o.kind == JSD)
         return reverse_gradient(p, slope, o.vocab, scale * (1.0f - o.beta), static_cast<float>(-terms.part), grad);
@@ -48,15 +45,16 @@ void terms_gradient(const float* p, const float* slope, const RowOptions o, cons
     // p (r + 1 - B) and p (0 - B), B = sum over kept columns of p (r + 1)
     const float part = lost > 0.0f ? static_cast<float>(terms.part) : static_cast<float>(terms.safe);
     const float shift = part - lost, over = -(part + kept);
-#pragma omp simd
-    for (int64_t i = 0; i < o.vocab; ++i)
-        grad[i] = times(p[i] * scale, slope[i] == CLIPPED ? over : slope[i] - shift);
+    for_columns(0, o.vocab, [=](int64_t i, int64_t count) {
+        const Vec r = load(slope + i, count, 0);
+        store(grad + i, times(load(p + i, count, 0) * scale, r == splat(CLIPPED) ? splat(over) : r - shift), count);
+    });
 }
 
 // Everything but the value. `token` holds the centred logits of the sampled token, read before the row was consumed.
 template <bool DELTA>
-RowResult by_products(const RowOptions o, const Centre centre, const Sums& sums, const Statistics& st,
-                      const Element token) {
+RowResult by_products(const RowOptions& o, const Centre& centre, const Sums& sums, const Statistics& st,
+                      const Element& token) {
     const double log_student = std::log(sums.student), log_teacher = std::log(st.teacher);
     const float teacher_centre = DELTA ? centre.z_s - centre.second : centre.second;
     RowResult result;
@@ -66,16 +64,17 @@ RowResult by_products(const RowOptions o, const Centre centre, const Sums& sums,
     result.of[TEACHER_LSE] =
         static_cast<float>(teacher_centre * o.inverse_temperature + centre.t_max + log_teacher);
     result.of[TOP1_AGREEMENT] = centre.agrees ? 1.0f : 0.0f;
-    result.of[STUDENT_LOGPROB] = static_cast<float>(token.s - log_student);
-    result.of[TEACHER_LOGPROB] = static_cast<float>(token.t - centre.t_max - log_teacher);
+    result.of[STUDENT_LOGPROB] = static_cast<float>(lane(token.s, 0) - log_student);
+    result.of[TEACHER_LOGPROB] = static_cast<float>(lane(token.t, 0) - centre.t_max - log_teacher);
     return result;
 }
 
 template <bool DELTA>
-RowResult run_row(float* z_s, float* z_t, const RowOptions o, int64_t token, float scale, float* grad) {
+RowResult run_row(float* z_s, float* z_t, const RowOptions& o, int64_t token, float scale, float* grad) {
     const Centre centre = find_centre<DELTA>(z_s, z_t, o);
-    Element sampled{NAN, NAN, NAN, NAN, NAN};
-    if (token >= 0 && token < o.vocab) sampled = element<DELTA>(z_s[token], z_t[token], centre, o.inverse_temperature);
+    Element sampled{splat(NAN), splat(NAN)};
+    if (token >= 0 && token < o.vocab)
+        sampled = element_at<DELTA>(z_s + token, z_t + token, 1, centre, o.inverse_temperature);
     const bool clips = o.clip < INFINITY, needs_terms = clips || o.kind == JSD;
     Sums sums;
     if (o.kind == FORWARD_KL) sums = sum_row<DELTA, FORWARD_KL, false>(z_s, z_t, o, centre);
@@ -83,18 +82,21 @@ RowResult run_row(float* z_s, float* z_t, const RowOptions o, int64_t token, flo
     else if (grad != nullptr && !needs_terms) sums = sum_row<DELTA, REVERSE_KL, true>(z_s, z_t, o, centre);
     else sums = sum_row<DELTA, REVERSE_KL, false>(z_s, z_t, o, centre);
     const Statistics st = finish(sums, centre, o.kind);
+    const Normaliser n{static_cast<float>(1.0 / sums.student), static_cast<float>(1.0 / st.teacher),
+                       static_cast<float>(st.c), centre.t_max};
     double value = st.value, lost = 0;
     bool may_be_negative = false;
     if (needs_terms) {
-        const Terms terms = terms_of<DELTA>(z_s, z_t, o, centre, sums, st);
+        const Terms terms = terms_of<DELTA>(z_s, z_t, o, centre, n);
         may_be_negative = terms.lost > 0 && o.kind != JSD;
         value = may_be_negative || (clips && o.kind == JSD) ? terms.value : terms.safe;
         lost = terms.student_lost;
         if (grad != nullptr && o.kind == FORWARD_KL)
-            forward_gradient<DELTA, true>(z_s, z_t, o, centre, sums, st, terms.kept, terms.lost, scale, grad);
+            forward_gradient<DELTA, true>(z_s, z_t, o, centre, n, static_cast<float>(terms.kept),
+                                          static_cast<float>(terms.lost), scale, grad);
         else if (grad != nullptr) terms_gradient(z_s, z_t, o, terms, scale, grad);
     } else if (grad != nullptr && o.kind == FORWARD_KL) {
-        forward_gradient<DELTA, false>(z_s, z_t, o, centre, sums, st, 1, 0, scale, grad);
+        forward_gradient<DELTA, false>(z_s, z_t, o, centre, n, 1, 0, scale, grad);
     } else if (grad != nullptr) {
         const float shift = static_cast<float>(st.c - st.value);
         reverse_gradient(z_s, z_t, o.vocab, static_cast<float>(scale / sums.student), shift, grad);

@@ -4,20 +4,16 @@
 // With S = sum e^s and Q = sum e^t:    c = ln(Q / S) = ln(1 + (Q - S) / S),   r = ln p - ln q = d + c.
 // Q - S is summed as e^s (k(d) - d), k(d) = e^-d - 1 + d, where |d| <= 1, and as e^t - e^s elsewhere: the signal of
 // self-distillation is a small d under large logits, and this form never subtracts two large sums. Teacher terms
-// carry exp(-t_max) so that nothing overflows. Blocks are summed in fp32 lanes, rows in double.
+// carry exp(-t_max) so that nothing overflows. Blocks are summed in fp32, 16 terms to a lane, rows in double.
 // Included by row.cpp only.
 #pragma once
 #include "rows.h"
 #include "vector_math.h"
 
-#include <cmath>
-
 namespace OPSD_ISA {
 namespace {
 
-// Options and centre are passed by value: behind a reference, a store to a row could change them, and no loop with
-// stores would vectorise.
-constexpr int64_t BLOCK = 256;  // few enough that what fp32 sums round stays below 2e-7 of a divergence
+constexpr int64_t BLOCK = 16 * LANES;  // few enough that what fp32 sums round stays below 2e-7 of a divergence
 
 struct Centre {
     float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
@@ -26,13 +22,13 @@ struct Centre {
 };
 
 struct Element {
-    float s, t, d, e_s, e_t;  // e_t = exp(t - t_max)
+    Vec s, t, d, e_s, e_t;  // e_t = exp(t - t_max)
 };
 
 template <bool DELTA>
-inline Element element(float z_s, float second, Centre centre, float inverse_t) {
+inline Element element(Vec z_s, Vec second, const Centre& centre, float inverse_t) {
     Element e;
-    const float student = z_s - centre.z_s, other = second - centre.second;
+    const Vec student = z_s - centre.z_s, other = second - centre.second;
     e.s = student * inverse_t;
     e.d = (DELTA ? other : student - other) * inverse_t;  // subtracted first: equal rows give 0, whatever is fused
     e.t = (DELTA ? student - other : other) * inverse_t;
@@ -41,89 +37,99 @@ inline Element element(float z_s, float second, Centre centre, float inverse_t) 
     return e;
 }
 
-// weight * x, where a weight of 0 outweighs an infinite or undefined x
-inline float times(float weight, float x) { return weight == 0.0f ? 0.0f : weight * x; }
-
-inline float at_least(float x, float low) { return x < low ? low : x; }
+// Columns beyond the row's end have no mass on either side.
+template <bool DELTA>
+inline Element element_at(const float* z_s, const float* second, int64_t count, const Centre& centre, float inverse_t) {
+    return element<DELTA>(load(z_s, count, -INFINITY), load(second, count, DELTA ? 0.0f : -INFINITY), centre, inverse_t);
+}
 
 template <bool DELTA>
-Centre find_centre(const float* z_s, const float* z_t, const RowOptions o) {
-    float top = -INFINITY, teacher_top = -INFINITY;
+Centre find_centre(const float* z_s, const float* z_t, const RowOptions& o) {
+    float top = -INFINITY;
+    Vec teacher_top = splat(-INFINITY);
     int64_t best_block = 0;
     for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
         const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float block_top = -INFINITY;
-#pragma omp simd reduction(max : block_top, teacher_top)
-        for (int64_t i = begin; i < end; ++i) {
-            const float teacher = DELTA ? z_s[i] - z_t[i] : z_t[i];
-            block_top = z_s[i] > block_top ? z_s[i] : block_top;
-            teacher_top = teacher > teacher_top ? teacher : teacher_top;
-        }
-        if (block_top > top) {
-            top = block_top;
+        Vec block_top = splat(-INFINITY);
+        for_columns(begin, end, [&](int64_t i, int64_t count) {
+            const Vec student = load(z_s + i, count, -INFINITY), second = load(z_t + i, count, DELTA ? 0.0f : -INFINITY);
+            block_top = higher(student, block_top);
+            teacher_top = higher(DELTA ? student - second : second, teacher_top);
+        });
+        if (highest(block_top) > top) {
+            top = highest(block_top);
             best_block = begin;
         }
     }
     int64_t a = best_block;
     while (a + 1 < o.vocab && z_s[a] != top) ++a;
-    const float teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
+    const float teacher_highest = highest(teacher_top), teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
     if (teacher_here == -INFINITY)  // the teacher excludes a: its own maximum is the centre, and d there is infinite
-        return {z_s[a], DELTA ? z_s[a] - teacher_top : teacher_top, 0.0f, false};
-    const float t_max = (teacher_top - teacher_here) * o.inverse_temperature;
+        return {z_s[a], DELTA ? z_s[a] - teacher_highest : teacher_highest, 0.0f, false};
+    const float t_max = (teacher_highest - teacher_here) * o.inverse_temperature;
     return {z_s[a], z_t[a], t_max, t_max <= 0.0f};
 }
 
 // Sums over a row. near: columns with |d| <= 1; far: the others. Teacher terms in units of exp(t_max).
-struct Sums {
-    double student = 0, near_difference = 0, near_remainder = 0, near_forward = 0;
-    double far_teacher = 0, far_student = 0, far_reverse = 0, far_forward = 0;
-    double student_moment = 0, teacher_moment = 0;
+template <class Number>
+struct SumsOf {
+    Number student{}, near_difference{}, near_remainder{}, near_forward{};
+    Number far_teacher{}, far_student{}, far_reverse{}, far_forward{};
+    Number student_moment{}, teacher_moment{};
 };
 
+using Sums = SumsOf<double>;
+
+template <class To, class From, class Change>
+inline void for_each_sum(SumsOf<To>& to, const SumsOf<From>& from, Change change) {
+    change(to.student, from.student);
+    change(to.near_difference, from.near_difference);
+    change(to.near_remainder, from.near_remainder);
+    change(to.near_forward, from.near_forward);
+    change(to.far_teacher, from.far_teacher);
+    change(to.far_student, from.far_student);
+    change(to.far_reverse, from.far_reverse);
+    change(to.far_forward, from.far_forward);
+    change(to.student_moment, from.student_moment);
+    change(to.teacher_moment, from.teacher_moment);
+}
+
+// KEEP leaves e^s in z_s and d in z_t.
 template <bool DELTA, int KIND, bool KEEP>
-Sums sum_row(float* z_s, float* z_t, const RowOptions o, const Centre centre) {
-    Sums total;
+Sums sum_row(float* z_s, float* z_t, const RowOptions& o, const Centre& centre) {
+    const Centre at = centre;  // a copy, which no store to a row can change
+    const float inverse_t = o.inverse_temperature;
+    SumsOf<Wide> lanes;
     for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
         const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float student = 0, near_difference = 0, near_remainder = 0, near_forward = 0, far_teacher = 0;
-        float far_student = 0, far_reverse = 0, far_forward = 0, student_moment = 0, teacher_moment = 0;
-#pragma omp simd reduction(+ : student, near_difference, near_remainder, near_forward, far_teacher, far_student, \
-                               far_reverse, far_forward, student_moment, teacher_moment)
-        for (int64_t i = begin; i < end; ++i) {
-            const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-            const bool near = magnitude(e.d) <= 1.0f;  // false for inf - inf, whose terms are 0 on the far side
-            const float d = near ? e.d : 0.0f, e_near = near ? e.e_s : 0.0f;
-            const float k = exp_remainder(d);
-            student += e.e_s;
-            near_difference += e_near * (k - d);
-            far_teacher += near ? 0.0f : e.e_t;
-            far_student += near ? 0.0f : e.e_s;
+        SumsOf<Vec> block;
+        for_columns(begin, end, [&](int64_t i, int64_t count) {
+            const Element e = element_at<DELTA>(z_s + i, z_t + i, count, at, inverse_t);
+            const Mask near = magnitude(e.d) <= splat(1.0f);  // false for inf - inf, whose terms are 0 on the far side
+            const Vec d = near ? e.d : zero(), e_near = near ? e.e_s : zero(), k = exp_remainder(d);
+            block.student += e.e_s;
+            block.near_difference += e_near * (k - d);
+            block.far_teacher += near ? zero() : e.e_t;
+            block.far_student += e.e_s - e_near;
             if (KIND == REVERSE_KL) {
-                near_remainder += e_near * k;
-                far_reverse += near ? 0.0f : times(e.e_s, e.d);
+                block.near_remainder += e_near * k;
+                block.far_reverse += near ? zero() : times(e.e_s, e.d);
             }
             if (KIND == FORWARD_KL) {
-                near_forward += e_near * (d * d - k * (1.0f + d));  // e^t k(-d)
-                far_forward += near ? 0.0f : times(e.e_t, e.d);
+                block.near_forward += e_near * (d * d - k * (1.0f + d));  // e^t k(-d)
+                block.far_forward += near ? zero() : times(e.e_t, e.d);
             }
-            student_moment += e.e_s * at_least(e.s, -100.0f);
-            teacher_moment += e.e_t * at_least(e.t - centre.t_max, -100.0f);
+            block.student_moment += e.e_s * at_least(e.s, -100.0f);
+            block.teacher_moment += e.e_t * at_least(e.t - at.t_max, -100.0f);
             if (KEEP) {
-                z_s[i] = e.e_s;
-                z_t[i] = e.d;
+                store(z_s + i, e.e_s, count);
+                store(z_t + i, e.d, count);
             }
-        }
-        total.student += student;
-        total.near_difference += near_difference;
-        total.near_remainder += near_remainder;
-        total.near_forward += near_forward;
-        total.far_teacher += far_teacher;
-        total.far_student += far_student;
-        total.far_reverse += far_reverse;
-        total.far_forward += far_forward;
-        total.student_moment += student_moment;
-        total.teacher_moment += teacher_moment;
+        });
+        for_each_sum(lanes, block, [](Wide& to, Vec from) { to += widen(from); });
     }
+    Sums total;
+    for_each_sum(total, lanes, [](double& to, Wide from) { to = sum(from); });
     return total;
 }
 

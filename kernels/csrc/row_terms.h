@@ -8,97 +8,117 @@
 namespace OPSD_ISA {
 namespace {
 
-struct Terms {
-    double safe = 0, value = 0;      // sum of safe forms, and of min(f, clip)
-    double part = 0;                 // reverse: p r, JSD: p ln(p/M), of kept columns; JSD without a clip: KL(p||M)
-    double kept = 0, lost = 0;       // mass of p, for forward KL of q, on kept and on clipped columns
-    double student_lost = 0;         // mass of p on clipped columns
+template <class Number>
+struct TermsOf {
+    Number safe{}, value{};   // sum of safe forms, and of min(f, clip)
+    Number part{};            // reverse: p r, JSD: p ln(p/M), of kept columns; JSD without a clip: KL(p||M)
+    Number kept{}, lost{};    // mass of p, for forward KL of q, on kept and on clipped columns
+    Number student_lost{};    // mass of p on clipped columns
 };
+
+using Terms = TermsOf<double>;
+
+template <class To, class From, class Change>
+inline void for_each_sum(TermsOf<To>& to, const TermsOf<From>& from, Change change) {
+    change(to.safe, from.safe);
+    change(to.value, from.value);
+    change(to.part, from.part);
+    change(to.kept, from.kept);
+    change(to.lost, from.lost);
+    change(to.student_lost, from.student_lost);
+}
 
 constexpr float CLIPPED = -INFINITY;  // in place of a slope
 
 struct Term {
-    float f, safe, student, slope;
+    Vec p, q;
+    Vec f, safe;
+    Vec student, slope;  // of JSD: a term of KL(p||M), and ln(p/M)
 };
 
-inline Term reverse_term(float p, float q, float r) {
-    const bool near = magnitude(r) <= 1.0f;
-    const float f = times(p, r);
-    return {f, near ? p * exp_remainder(near ? r : 0.0f) : f + (q - p), 0.0f, r};
+// What turns an element of a row into probabilities and r.
+struct Normaliser {
+    float per_student, per_teacher, c, t_max;
+};
+
+inline Term reverse_term(Vec p, Vec q, Vec r) {
+    const Mask near = magnitude(r) <= splat(1.0f);
+    const Vec f = times(p, r), safe = near ? p * exp_remainder(near ? r : zero()) : f + (q - p);
+    return {p, q, f, safe, zero(), r};
 }
 
-inline Term forward_term(float p, float q, float r) {
-    const bool near = magnitude(r) <= 1.0f;
-    const float f = -times(q, r), safe = near ? r : 0.0f, k = exp_remainder(safe);
-    return {f, near ? p * (safe * safe - k * (1.0f + safe)) : f + (p - q), 0.0f, near ? p * (safe - k) : p - q};
+inline Term forward_term(Vec p, Vec q, Vec r) {
+    const Mask near = magnitude(r) <= splat(1.0f);
+    const Vec f = -times(q, r), small = near ? r : zero(), k = exp_remainder(small);
+    const Vec safe = near ? p * (small * small - k * (1.0f + small)) : f + (p - q);
+    return {p, q, f, safe, zero(), near ? p * (small - k) : p - q};
 }
 
-// With u = ln(q/p), E = e^u - 1, l(x) = x - ln(1 + x): p ln(p/M) + b (q - p) = p l(b E), and
-// q ln(q/M) - (1-b) (q - p) = q l((1-b) (1 / (1+E) - 1)).
-inline Term mixture_term(float p, float q, float r, float b) {
-    const float a = 1.0f - b, u = -r;
-    const bool near = magnitude(u) <= 0.25f;
-    const float safe = near ? u : 0.0f;
-    const float growth = safe + exp_remainder(-safe);  // E
-    const float forth = b * growth, forth_remainder = log_remainder(forth);
-    const float back_remainder = log_remainder(-a * growth / (1.0f + growth));
-    const float near_student = p * forth_remainder;
-    const float near_teacher = p * (1.0f + growth) * back_remainder;
-    // far: from the side on which exp cannot overflow; g = ln(M/p), h = ln(q/M)
-    const bool shrinks = u < 0.0f;
-    const float y = exp_of(-magnitude(u)) - 1.0f;
-    const float log_side = log_of(1.0f + (shrinks ? b : a) * y);
-    const float g = shrinks ? log_side : u + log_side;
-    const float h = shrinks ? u - log_side : -log_side;
-    const float far_student = b * (q - p) - times(p, g);
-    const float far_teacher = a * (p - q) + times(q, h);
-    const float to_student = near ? near_student : far_student;
-    const float to_teacher = near ? near_teacher : far_teacher;
-    const float f = a * to_student + b * to_teacher;
-    return {f, f, to_student, near ? forth_remainder - forth : -g};
+// Of the heavier side m = max(p, q) only, so that nothing overflows and no term of first order is subtracted. With
+// w the other side's weight in M, v = 1 - w, y = e^-|r| - 1, k = y + |r|, l(x) = x - ln(1 + x) and l = l(w y):
+//   f = m ((1 + w y) l + w (v y^2 - (1 + y) k))
+//   p ln(p/M) + b (q - p) = p l, or, where the teacher is heavier, q (v y^2 + (1 + y) (l - k))
+// Beyond a distance of 100 the lighter side has no mass left, and a column without mass (r = inf - inf) is put at 0.
+inline Term mixture_term(const Element& e, Vec r, const Normaliser& n, float b) {
+    const Mask student = r >= zero();
+    const Vec m = exp_of(student ? e.s : e.t - n.t_max) * (student ? splat(n.per_student) : splat(n.per_teacher));
+    const Vec w = student ? splat(b) : splat(1.0f - b), v = student ? splat(1.0f - b) : splat(b);
+    const Vec distance = m == zero() ? zero() : at_most(magnitude(r), 100.0f);
+    const Mask near = distance <= splat(1.0f);
+    const Vec small = near ? distance : zero(), remainder = exp_remainder(small), ratio = exp_of(-distance);
+    const Vec y = near ? remainder - small : ratio - 1.0f, k = near ? remainder : y + distance;
+    const Vec x = w * y, l = log_remainder(x), square = v * y * y, light = m * ratio;
+    const Vec f = m * ((1.0f + x) * l + w * (square - ratio * k));
+    const Vec to_student = m * (student ? l : square + ratio * (l - k));
+    const Vec slope = l - x - (student ? zero() : distance);
+    return {student ? m : light, student ? light : m, f, f, to_student, slope};
+}
+
+template <int KIND>
+inline Term term(const Element& e, const Normaliser& n, float beta) {
+    const Vec r = e.d + n.c;
+    if (KIND == JSD) return mixture_term(e, r, n, beta);
+    const Vec p = e.e_s * n.per_student, q = e.e_t * n.per_teacher;
+    return KIND == FORWARD_KL ? forward_term(p, q, r) : reverse_term(p, q, r);
 }
 
 // Leaves p in z_s, and in z_t r or, for JSD, ln(p/M); on clipped columns CLIPPED or 0. Where p = 0 it may be anything.
 // Forward KL needs p and q again and leaves the rows as they are.
 template <bool DELTA, int KIND, bool CLIP>
-Terms terms_row(float* z_s, float* z_t, const RowOptions o, const Centre centre, const Sums& sums,
-                const Statistics& st) {
-    const float per_student = static_cast<float>(1.0 / sums.student);
-    const float per_teacher = static_cast<float>(1.0 / st.teacher), c = static_cast<float>(st.c);
-    Terms total;
+Terms terms_row(float* z_s, float* z_t, const RowOptions& options, const Centre& centre, const Normaliser& normaliser) {
+    const RowOptions o = options;  // copies, which no store to a row can change
+    const Centre middle = centre;
+    const Normaliser n = normaliser;
+    const Vec limit = splat(o.clip);
+    TermsOf<Wide> lanes;
     for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
         const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
-        float safe = 0, value = 0, part = 0, kept = 0, lost = 0, student_lost = 0;
-#pragma omp simd reduction(+ : safe, value, part, kept, lost, student_lost)
-        for (int64_t i = begin; i < end; ++i) {
-            const Element e = element<DELTA>(z_s[i], z_t[i], centre, o.inverse_temperature);
-            const float p = e.e_s * per_student, q = e.e_t * per_teacher, r = e.d + c;
-            const Term term = KIND == JSD          ? mixture_term(p, q, r, o.beta)
-                              : KIND == FORWARD_KL ? forward_term(p, q, r)
-                                                   : reverse_term(p, q, r);
-            const bool over = CLIP && term.f > o.clip;
-            safe += term.safe;
-            if (!CLIP) part += term.student;
+        TermsOf<Vec> block;
+        for_columns(begin, end, [&](int64_t i, int64_t count) {
+            const Element e = element_at<DELTA>(z_s + i, z_t + i, count, middle, o.inverse_temperature);
+            const Term at = term<KIND>(e, n, o.beta);
+            Vec slope = at.slope;
+            block.safe += at.safe;
+            if (!CLIP) block.part += at.student;
             if (CLIP) {
-                const float mass = KIND == FORWARD_KL ? q : p;
-                value += over ? o.clip : term.f;
-                part += over ? 0.0f : KIND == JSD ? times(p, term.slope) : term.f;
-                kept += over ? 0.0f : mass;
-                lost += over ? mass : 0.0f;
-                student_lost += over ? p : 0.0f;
+                const Mask over = at.f > limit;
+                const Vec mass = KIND == FORWARD_KL ? at.q : at.p;
+                block.value += over ? limit : at.f;
+                block.part += over ? zero() : KIND == JSD ? times(at.p, at.slope) : at.f;
+                block.kept += over ? zero() : mass;
+                block.lost += over ? mass : zero();
+                block.student_lost += over ? at.p : zero();
+                slope = over ? splat(KIND == JSD ? 0.0f : CLIPPED) : slope;
             }
             if (KIND != FORWARD_KL) {
-                z_s[i] = p;
-                z_t[i] = over ? (KIND == JSD ? 0.0f : CLIPPED) : term.slope;
+                store(z_s + i, at.p, count);
+                store(z_t + i, slope, count);
             }
-        }
-        total.safe += safe;
-        total.value += value;
-        total.part += part;
-        total.kept += kept;
-        total.lost += lost;
-        total.student_lost += student_lost;
+        });
+        for_each_sum(lanes, block, [](Wide& to, Vec from) { to += widen(from); });
     }
+    Terms total;
+    for_each_sum(total, lanes, [](double& to, Wide from) { to = sum(from); });
     return total;
 }
 

@@ -15,6 +15,13 @@ struct Variant {
     RowFunction row;
 };
 
+// What every processor of the family has: NEON is part of aarch64, and vector.h uses it.
+#if defined(__aarch64__)
+constexpr const char* BASELINE = "neon";
+#else
+constexpr const char* BASELINE = "generic";
+#endif
+
 Variant choose() {
 #if defined(OPSD_X86_VARIANTS)
     __builtin_cpu_init();
@@ -23,7 +30,7 @@ Variant choose() {
         return {"avx512", avx512::row};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::row};
 #endif
-    return {"generic", generic::row};
+    return {BASELINE, generic::row};
 }
 
 Variant variant_named(const char* name) {
@@ -32,7 +39,7 @@ Variant variant_named(const char* name) {
 #if defined(OPSD_X86_VARIANTS)
     if (name[0] == 'a' && name[3] == '2' && best.row != generic::row) return {"avx2", avx2::row};
 #endif
-    return name[0] == 'g' ? Variant{"generic", generic::row} : best;
+    return name[0] == 'g' ? Variant{BASELINE, generic::row} : best;
 }
 
 Variant current = variant_named(nullptr);

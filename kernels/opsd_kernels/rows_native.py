@@ -46,7 +46,7 @@ def _library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The variant that this processor runs: "avx512", "avx2" or "generic"."""
+    """The variant that this processor runs: "avx512", "avx2", "neon" or "generic"."""
     name: bytes = _library().opsd_rows_isa()
     return name.decode()
 

@@ -68,7 +68,9 @@ def forward(
     carried = PackedKV(packed, _stored_layers(older), keep, model.attention)
     if packed.length:
         ids = _ids(prompts, responses, packed, model.device)
-        states = model.forward_packed(ids, _positions(model, prompts, packed, known), _media(fresh, model), carried)
+        positions, media = _positions(model, prompts, packed, known), _media(fresh, model)
+        with model.towers.serving(fresh):
+            states = model.forward_packed(ids, positions, media, carried)
     else:  # every prompt is known and no response has a second token
         states = older[0].last_hidden.new_empty(0, older[0].last_hidden.shape[-1])
     every = torch.cat([states, *(one.last_hidden[None] for one in older)]) if older else states

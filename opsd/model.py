@@ -18,6 +18,7 @@ from opsd.attention_choice import Choice, choose_kernel
 from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError, explained
 from opsd.families import check_prompt, install
+from opsd.features import Towers
 from opsd.integrations.hf import logit_changes, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
@@ -74,6 +75,7 @@ class LanguageModel:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
         self.has_adapter = config.adapter == "lora"
+        self.towers = Towers(self._base, engine.feature_cache_mib)
         self.end_ids = _end_ids(module, self.tokenizer)
         self.axes = axes(module)
         self.tokens = TokenCount()

@@ -24,7 +24,9 @@ class Responses:
         width = max(len(tokens) for tokens in token_lists)
         rows = [tokens + [pad_id] * (width - len(tokens)) for tokens in token_lists]
         owners = tuple(i // per_prompt for i in range(len(rows)))
-        return Responses(torch.tensor(rows, device=device), tuple(len(t) for t in token_lists), owners)
+        return Responses(
+            torch.tensor(rows, dtype=torch.long, device=device), tuple(len(t) for t in token_lists), owners
+        )
 
     def take(self, chosen: list[int], owners: list[int]) -> Responses:
         """Some of the responses, with the numbers their prompts now have."""

@@ -152,6 +152,9 @@ class EngineConfig(Section):
     teacher_cache_dir: Local = Field(
         default=Path("runs/cache/teacher"), description="Their folder on disk, which runs may share."
     )
+    feature_cache_mib: int = Field(
+        default=512, ge=0, description="Device memory for what frozen towers gave for media (MiB); 0 keeps none."
+    )
     attention: Literal["auto", "flash_attn", "flash", "dense"] = Field(
         default="auto",
         description="Kernel of packed rows: flash_attn's, torch's own, or the plain definition; auto chooses.",

@@ -2,7 +2,8 @@
 
 A chunk keeps all V columns. Two levels: `rows` tokens have their logits in memory at once; `grad_rows` of them
 collect their gradients before the head-sized gradient GEMMs run, because accumulating an fp32 head gradient is bound
-by memory below about a thousand rows. Where gradients overwrite the logits, both levels are the same.
+by memory below about a thousand rows. Where gradients overwrite the logits, or the head has no gradient, both levels
+are the same.
 """
 
 from dataclasses import dataclass
@@ -40,13 +41,14 @@ class ChunkPlan:
         return costs.fixed + self.rows * costs.row + self.grad_rows * costs.grad_row
 
 
-def plan_chunks(n: int, costs: ChunkCosts, workspace_mib: float) -> ChunkPlan:
+def plan_chunks(n: int, costs: ChunkCosts, workspace_mib: float, collect: bool = True) -> ChunkPlan:
     """The largest chunks that fit the budget, capped where GEMMs stop gaining, balanced over n tokens.
 
+    collect: whether there is a head gradient to collect rows for.
     Raises ValueError when not even one row fits.
     """
     room = int(workspace_mib * MIB) - costs.fixed
-    ratio = MAX_GRAD_ROWS // MAX_ROWS if costs.grad_row else 1
+    ratio = MAX_GRAD_ROWS // MAX_ROWS if costs.grad_row and collect else 1
     fit = room // (costs.row + ratio * costs.grad_row)
     if fit < 1:
         ratio = 1

@@ -182,7 +182,7 @@ def _backward(
     numbers: list[float],
     counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = times(upstream[:, None], hidden_grad).to(hidden_grad.dtype) if wanted[0] else hidden_grad.clone()
+    hidden = times(upstream[:, None], hidden_grad) if wanted[0] else hidden_grad.clone()
     pairs = [(weight_grad, weight, wanted[1]), (bias_grad, weight if bias is None else bias, wanted[2])]
     total: list[Tensor | None] = [None, None]
     if any(wanted[1:]) and upstream.numel() > 0:

@@ -39,14 +39,12 @@ class Resources:
         return f"{self.shared} bytes of shared memory, at most {most}" if self.shared > most else ""
 
 
-def compile_for(
-    name: str, launch: Launch, divergence: Divergence, capability: int, gradient: str = "*bf16", second: str = "*fp32"
-) -> Any:
-    """A kernel as run() would compile it for aligned rows; gradient and second are pointer types."""
+def compile_for(name: str, launch: Launch, divergence: Divergence, capability: int, gradient: str = "*bf16") -> Any:
+    """A kernel as run() would compile it for aligned rows; gradient is a pointer type."""
     kernel = KERNELS[name]
-    fixed: dict[str, Any] = constants(name, launch, divergence, is_delta=second != "*fp32")
+    fixed: dict[str, Any] = constants(name, launch, divergence, is_delta=False)
     options = {"num_warps": fixed.pop("num_warps")}
-    types = TYPES | {"grad": gradient, "second": second}
+    types = TYPES | {"grad": gradient}
 
     def type_of(argument: str) -> str:
         if argument in fixed:

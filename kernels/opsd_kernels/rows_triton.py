@@ -40,7 +40,7 @@ def scratch_bytes(vocab: int) -> int:
 
 def run(
     z_s: Tensor,  # (n, V) fp32, consumed
-    z_t: Tensor,  # (n, V) fp32, consumed; holds z_s - z_t when is_delta, then in any floating-point dtype
+    z_t: Tensor,  # (n, V) fp32, consumed; holds z_s - z_t when is_delta
     is_delta: bool,
     divergence: Divergence,
     scale: Tensor,  # (n,) fp32 weight of each row's gradient

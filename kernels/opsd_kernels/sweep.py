@@ -75,7 +75,7 @@ class Workspace:
         return self.logits.view(-1)[: 2 * n * vocab].view(2, n, vocab)
 
 
-def plan(ops: Operands, with_grad: bool) -> tuple[ChunkPlan, ChunkCosts]:
+def plan(ops: Operands, with_grad: bool, trains_head: bool = True) -> tuple[ChunkPlan, ChunkCosts]:
     vocab, width = ops.head.largest_slice, ops.head.weight.shape[1]
     widest = max(width, ops.teacher_head.weight.shape[1])
     grad_dtype = gemm.gradient_dtype(ops.head.weight)
@@ -86,7 +86,7 @@ def plan(ops: Operands, with_grad: bool) -> tuple[ChunkPlan, ChunkCosts]:
         row=4 * (logits * vocab + 2 * widest + 2 * width),
         grad_row=0 if grad_dtype == torch.float32 or not with_grad else 2 * vocab,
     )
-    return plan_chunks(ops.student_hidden.shape[0], costs, ops.workspace_mib), costs
+    return plan_chunks(ops.student_hidden.shape[0], costs, ops.workspace_mib, collect=trains_head), costs
 
 
 def sweep(
@@ -96,7 +96,7 @@ def sweep(
 ) -> RowOutputs:
     """Unweighted results of all tokens; weighted gradients where a tensor for them is given."""
     n, device = ops.student_hidden.shape[0], ops.student_hidden.device
-    chunks, _ = plan(ops, bool(grads))
+    chunks, _ = plan(ops, bool(grads), grads.weight is not None)
     work = _allocate(ops, chunks, bool(grads))
     out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)

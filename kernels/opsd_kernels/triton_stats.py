@@ -20,7 +20,7 @@ def segment(vocab, tile: tl.constexpr, splits: tl.constexpr):
 def logits(z_s, second, row, stride, column, end):
     """A tile of both rows; -inf beyond the end."""
     x = tl.load(z_s + row * stride + column, mask=column < end, other=float("-inf"))
-    return x, tl.load(second + row * stride + column, mask=column < end, other=float("-inf")).to(tl.float32)
+    return x, tl.load(second + row * stride + column, mask=column < end, other=float("-inf"))
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _raised(state, x, y, teacher, column, second, delta: tl.constexpr):
     teacher_best = tl.maximum(teacher_top, tl.max(teacher, 0))
     rises = best > top
     a = tl.min(tl.where(x == best, column, 2147483647), 0)
-    at = tl.load(second + a, mask=rises, other=0.0).to(tl.float32)
+    at = tl.load(second + a, mask=rises, other=0.0)
     best = tl.where(rises, best, top)
     out = (at == float("inf") if delta else at == float("-inf")).to(tl.float32)
     excluded = tl.where(rises, out, excluded)
@@ -110,7 +110,7 @@ def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind
         token = tl.load(tokens + row)
         if (tl.program_id(1) == 0) & (token >= 0) & (token < vocab):
             tl.store(mine + TOKEN * splits, tl.load(z_s + row * stride + token))
-            tl.store(mine + (TOKEN + 1) * splits, tl.load(second + row * stride + token).to(tl.float32))
+            tl.store(mine + (TOKEN + 1) * splits, tl.load(second + row * stride + token))
 
 
 @triton.jit

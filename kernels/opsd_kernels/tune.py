@@ -114,14 +114,18 @@ def _timed(step: Callable[[], object]) -> float:
 
 
 def tune(vocab: int, gradient: str, name: str, seconds: float) -> tuple[Where, Found]:
-    """A row for the device of this machine; the vocabulary is the lower end of where it is used."""
+    """A row for the device of this machine, from the power of two below the vocabulary on."""
     from opsd_kernels.rows_triton import names
 
     major, minor = torch.cuda.get_device_capability()
-    where = Where(10 * major + minor, vocab, gradient, name)
+    where = Where(10 * major + minor, bucket(vocab), gradient, name)
     start = launch_for(where.capability, vocab, gradient, name)
     divergence = DIVERGENCES[name]
     return where, search(names(divergence), start, on_device(vocab, gradient, divergence), seconds)
+
+
+def bucket(vocab: int) -> int:
+    return 1 << (vocab.bit_length() - 1)
 
 
 def line(where: Where, found: Found) -> str:

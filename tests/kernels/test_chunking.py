@@ -31,6 +31,9 @@ def test_published_sizes():
     plan = plan_chunks(8192, costs, 1200)
     assert (plan.rows, plan.grad_rows) == (512, 2048)
     assert round(plan.bytes(costs) / MIB) == 1187
+    frozen = plan_chunks(8192, costs, 1200, collect=False)
+    assert (frozen.rows, frozen.grad_rows) == (512, 512)
+    assert round(frozen.bytes(costs) / MIB) == 742
 
 
 @pytest.mark.parametrize("n", [513, 520, 1030, 5000])

@@ -52,6 +52,7 @@ def test_a_printed_row_is_the_row():
     assert text.endswith("# 2.000 -> 1.000 ms for 512 rows, 40 launches tried, out of time")
     pasted = eval("{" + text + "\n}", {"Where": Where, "Launch": Launch, "Tile": Tile})
     assert pasted == {where: BEST}
+    assert (tune.bucket(151936), tune.bucket(131072), tune.bucket(131071)) == (131072, 131072, 65536)
 
 
 def test_candidates_are_launches_that_the_kernels_take():

@@ -120,6 +120,8 @@ def fused_token_kl(
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
     check_support(divergence, student)
+    if check_finite and torch.compiler.is_compiling():
+        raise ValueError("expected check_finite=False under torch.compile (it reads values on the host), got True")
     if check_finite:
         check_finite_rows(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     weights = None if token_weights is None else token_weights.detach().float().contiguous()

@@ -58,7 +58,7 @@ class VocabShard:
 
     @property
     def known_sizes(self) -> tuple[int, ...]:
-        assert self.sizes is not None, "of() makes them known"
+        assert self.sizes is not None, "with_sizes() makes them known"
         return self.sizes
 
 

@@ -75,7 +75,7 @@ def _outcomes(logits: Rows, divergence: Divergence, out: RowOutputs) -> Outcomes
     assert support is not None
     rows = centred(logits, 1.0 / divergence.temperature)
     chooser = rows.s if support.of == "student" else rows.t
-    kept = chooser.topk(min(support.k, chooser.shape[1]), dim=-1).indices
+    kept = chooser.topk(support.k, dim=-1).indices
     student, teacher, d, share = _others(rows, kept)
     for side, x, other in (("student", rows.s, student), ("teacher", rows.t, teacher)):
         out[f"{side}_tail_mass"].copy_((other - x.logsumexp(-1, keepdim=True)).exp()[:, 0])

@@ -81,3 +81,10 @@ def test_second_derivative_says_why_not(trainable, compiled):
     (grad,) = torch.autograd.grad(value, student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_a_check_that_reads_values_is_refused():
+    inputs = cases.mixture(torch.float32, shared=True, n=5)
+    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected check_finite=False under torch"):
+        call(inputs.student_hidden, inputs.head, inputs.teacher_hidden, check_finite=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import Divergence, Head, autograd, fused_token_kl, memory, rows
+from opsd_kernels import Divergence, Head, TopK, autograd, fused_token_kl, memory, rows
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -243,11 +243,14 @@ def test_no_value_is_read_on_the_host(kind, trainable, monkeypatch):
 
 
 @every_backend
-def test_under_autocast(backend):
+@pytest.mark.parametrize("support", [None, TopK(9)], ids=["whole", "top-k"])
+@pytest.mark.parametrize("uniform", [True, False], ids=["one sweep", "two"])
+def test_under_autocast(backend, support, uniform):
     inputs = cases.mixture(torch.float32, shared=True)
-    plain = gradients(backend, inputs, torch.sum)
+    reduce = torch.sum if uniform else lambda v: (v * inputs.upstream).sum()
+    plain = gradients(backend, inputs, reduce, divergence=Divergence(support=support))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = gradients(backend, inputs, torch.sum)
+        cast = gradients(backend, inputs, reduce, divergence=Divergence(support=support))
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 

@@ -45,12 +45,13 @@ class PackedKV:
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """q (H, S, d), k and v (Hkv, S, d) -> (H, S, d), differentiable in all three."""
+        """q (H, S, d), k and v (Hkv, S, d) -> (S, H, d), differentiable in all three."""
         if self.keep:
             self.kept[layer] = k, v
         if self.stored is not None:
             k, v = (torch.cat(pair, 1) for pair in zip((k, v), self.stored[layer], strict=True))
         kernel = choose_kernel(q, self.attention)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # tokens first, as they lie in memory
         return _PackedAttention.apply(q, k, v, self.plan(window, kernel, q.device), kernel, scale)
 
     def plan(self, window: int | None, kernel: Kernel, device: torch.device) -> Plan:
@@ -83,7 +84,7 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = packed.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
-    return out.transpose(0, 1)[None], None
+    return out[None], None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -112,13 +113,13 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def attend(
-    q: Tensor,  # (H, S, d)
-    k: Tensor,  # (Hkv, S + stored, d)
+    q: Tensor,  # (S, H, d)
+    k: Tensor,  # (S + stored, Hkv, d)
     v: Tensor,
     parts: Plan,
     kernel: Kernel,
     scale: float,
-) -> tuple[Tensor, Tensor]:  # (H, S, d), (H, S)
+) -> tuple[Tensor, Tensor]:  # (S, H, d), (S, H)
     """The forward: every query lies in one first part, and perhaps in one that is merged into it."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=kernel.lse_dtype(q.dtype), device=q.device)
@@ -134,9 +135,9 @@ def attend(
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the union of two sets of keys, from the softmax over each."""
-    both = torch.logaddexp(lse, other_lse)
-    left, right = (torch.exp(x - both)[..., None] for x in (lse, other_lse))
-    return (out * left + other * right).to(out.dtype), both
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    merged = torch.lerp(out.to(share.dtype), other.to(share.dtype), share)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
 def register() -> None:

@@ -21,7 +21,7 @@ _SHORT = 48  # below so many tokens a call costs more than the padding
 
 
 class Rows(Protocol):
-    """Tokens of a tensor (heads, tokens, ...) that one part reads and writes."""
+    """Tokens of a tensor (tokens, heads, ...) that one part reads and writes."""
 
     def take(self, x: Tensor) -> Tensor: ...
 
@@ -34,7 +34,7 @@ class Rows(Protocol):
 
 
 class Rectangle:
-    """n spans of a common length L: (heads, tokens, ...) -> (n, heads, L, ...)."""
+    """n spans of a common length L: (tokens, heads, ...) -> (n, heads, L, ...)."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device):
         self.lengths = [length for _, length in spans]
@@ -57,8 +57,8 @@ class Rectangle:
 
     def take(self, x: Tensor) -> Tensor:
         shape = (self.n, self.width)
-        tokens = x.narrow(1, self.first, self.n * self.width) if self.view else x.index_select(1, self.index)
-        return tokens.unflatten(1, shape).transpose(0, 1)
+        tokens = x.narrow(0, self.first, self.n * self.width) if self.view else x.index_select(0, self.index)
+        return tokens.unflatten(0, shape).transpose(1, 2)
 
     def take_grad(self, x: Tensor) -> Tensor:
         taken = self.take(x)
@@ -68,20 +68,21 @@ class Rectangle:
         if self.view:
             self.take(target).copy_(values)
         else:
-            target.index_copy_(1, self.destination, self._real(values))
+            target.index_copy_(0, self.destination, self._real(values))
 
     def add(self, target: Tensor, values: Tensor) -> None:
         if self.view:
             self.take(target).add_(values)
         else:
-            target.index_add_(1, self.destination, self._real(values))
+            target.index_add_(0, self.destination, self._real(values))
 
     def _real(self, values: Tensor) -> Tensor:
-        return values.transpose(0, 1).flatten(1, 2).index_select(1, self.source)
+        tokens = values.transpose(1, 2).flatten(0, 1)
+        return tokens.index_select(0, self.source) if self.padded else tokens
 
 
 class Ragged:
-    """Spans one after another: (heads, tokens, ...) -> (tokens of the spans, heads, ...), with their offsets."""
+    """Spans one after another: (tokens, heads, ...) -> (tokens of the spans, heads, ...), with their offsets."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device):
         self.lengths = [length for _, length in spans]
@@ -95,8 +96,7 @@ class Ragged:
         self.offsets = offsets.to(device=device, dtype=torch.int32)
 
     def take(self, x: Tensor) -> Tensor:
-        tokens = x.narrow(1, self.first, self.total) if self.index is None else x.index_select(1, self.index)
-        return tokens.transpose(0, 1)
+        return x.narrow(0, self.first, self.total) if self.index is None else x.index_select(0, self.index)
 
     take_grad = take  # nothing is repeated
 
@@ -104,13 +104,13 @@ class Ragged:
         if self.index is None:
             self.take(target).copy_(values)
         else:
-            target.index_copy_(1, self.index, values.transpose(0, 1))
+            target.index_copy_(0, self.index, values)
 
     def add(self, target: Tensor, values: Tensor) -> None:
         if self.index is None:
             self.take(target).add_(values)
         else:
-            target.index_add_(1, self.index, values.transpose(0, 1))
+            target.index_add_(0, self.index, values)
 
 
 @dataclass(frozen=True)

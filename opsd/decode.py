@@ -124,7 +124,7 @@ class StepKV:
         self.masks: dict[int | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """q (H, slots, d), k and v (Hkv, slots, d) -> (H, slots, d)."""
+        """q (H, slots, d), k and v (Hkv, slots, d) -> (slots, H, d)."""
         slots = self.slots
         if window not in self.masks:
             self.masks[window] = self._windowed(window)
@@ -141,7 +141,7 @@ class StepKV:
         lengths, longest = slots.lane_lengths[:lanes], keys.shape[1]
         shared, shared_lse = attend_rows(asked, keys, values, lengths, lane_mask, scale, longest)
         shared, shared_lse = (x.flatten(0, 1).index_select(0, slots.cell) for x in (shared, shared_lse))
-        return merge(out[:, 0], lse[:, 0], shared, shared_lse)[0].transpose(0, 1)
+        return merge(out[:, 0], lse[:, 0], shared, shared_lse)[0]
 
     def _windowed(self, window: int | None) -> tuple[Tensor, Tensor]:
         """Masks (slots, 1, columns) and (lanes, width, longest prompt) of keys at distance < window."""

@@ -86,7 +86,8 @@ def definition(packed: Packed, window, q, k, v, scale):
 
 def shared(packed: Packed, window, kernel, q, k, v, scale):
     parts = plan(packed, window, kernel.ragged, CPU)
-    return attention._PackedAttention.apply(q[0], k[0], v[0], parts, kernel, scale).transpose(0, 1)[None]
+    tokens_first = (x[0].transpose(0, 1) for x in (q, k, v))
+    return attention._PackedAttention.apply(*tokens_first, parts, kernel, scale)[None]
 
 
 def errors(packed: Packed, window, kernel, group=1, heads=2):
@@ -277,13 +278,14 @@ def test_torchs_varlen_operators_take_what_cuda_flash_gives_them(window):
         q, k, v, grad = (x.to(meta, torch.bfloat16).detach() for x in tensors(packed, heads=2, group=2, width=64))
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         parts = plan(packed, window, True, meta)
-        out = attention._PackedAttention.apply(q[0], k[0], v[0], parts, CUDA_FLASH, 0.1)
-        assert out.shape == q[0].shape and out.dtype == torch.bfloat16
-        grads = torch.autograd.grad(out, (q, k, v), grad[0].transpose(0, 1))
+        rows, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = attention._PackedAttention.apply(rows, keys, values, parts, CUDA_FLASH, 0.1)
+        assert out.shape == rows.shape and out.dtype == torch.bfloat16
+        grads = torch.autograd.grad(out, (q, k, v), grad[0])
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
         for part in parts:
             found, lse = CUDA_FLASH.forward(
-                part.queries.take(q[0]), part.keys.take(k[0]), part.keys.take(v[0]), part, 0.1
+                part.queries.take(rows), part.keys.take(keys), part.keys.take(values), part, 0.1
             )
             assert lse.shape == found.shape[:2] and lse.dtype == torch.float32
 

@@ -117,11 +117,17 @@ def test_padding_is_never_read(backend):
     assert torch.equal(value, alone)
 
 
-def test_sides_of_another_width_and_dtype():
-    inputs, other = cases.mixture(torch.float32, shared=True), cases.mixture(torch.bfloat16, shared=True, width=32)
-    operands = (inputs.student_hidden, inputs.head, other.student_hidden, other.head)
-    truth = dense_token_kl(*(x.double() for x in operands), Divergence())
-    torch.testing.assert_close(fused_token_kl(*operands).double(), truth, rtol=1e-5, atol=1e-6)
+@every_backend
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_sides_of_another_width_and_dtype(backend, dtypes):
+    inputs, other = cases.mixture(dtypes[0], shared=True), cases.mixture(dtypes[1], shared=True, width=32)
+    sides = replace(inputs, teacher_hidden=other.student_hidden, teacher_head=other.head)
+    truth = cases.differentiate(cases.dense(Divergence("jsd")), sides.double())
+    found = cases.differentiate(cases.fused(Divergence("jsd"), backend), sides)
+    wide = replace(sides, teacher_hidden=sides.teacher_hidden.float(), teacher_head=sides.teacher_head.float())
+    eager = cases.differentiate(cases.dense(Divergence("jsd")), wide)
+    # unlike teachers are far ones: no ceiling, see test_far_teacher
+    cases.check(found, truth, eager, dtypes[0], ceiling=torch.inf if dtypes[0] == torch.float32 else None)
 
 
 def test_difference_is_one_product_only_where_both_sides_are_the_same_linear_function():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from opsd_kernels import Divergence
+from opsd_kernels.reference import by_products
 from tests.kernels import cases
 from tests.kernels.test_rows import run, truth
 
@@ -41,8 +42,11 @@ def test_same_as_fp64(kind, is_delta):
     z_s, delta = rows()
     second = delta if is_delta else z_s - delta
     divergence = Divergence(kind, beta=0.3, temperature=0.9)
-    expected, gradient, _ = truth(z_s, second, is_delta, divergence)
+    expected, gradient, z_t = truth(z_s, second, is_delta, divergence)
     out, found = run("triton", z_s, second, is_delta, divergence)
+    truly = by_products(z_s.double(), z_t.double(), divergence, torch.zeros(4, dtype=torch.int64))
+    for name in ("student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "top1_agreement"):
+        torch.testing.assert_close(out[name].double(), truly[name], rtol=3e-6, atol=3e-6)
     # an offset of 30 leaves pairs of logits that are exact to 2e-6, differences that are exact to 2e-7
     torch.testing.assert_close(out["value"].double(), expected, rtol=2e-6 if is_delta else 1e-5, atol=2e-9)
     error = (found.double() - 0.9 * gradient).norm(dim=1)

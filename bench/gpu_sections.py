@@ -1,6 +1,8 @@
 """What a CUDA machine is asked, section by section; gpu_report.py has their order and their time."""
 
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -80,7 +82,8 @@ def measure(case: Case, seconds: float, names: Iterable[str]) -> list[Row]:
                     steps[name] = step
         except Exception as error:  # a peer may fail in any way; the report goes on without it
             said = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {said[0] if said else ''}"
+            reason = f"{type(error).__name__}: {said[0][:200] if said else ''}"
+            print(f"{name}: {traceback.format_exc()}", file=sys.stderr)
         if reason:
             rows.append({"case": str(case), "provider": name, "absent": reason})
             rows[-1] |= {"ok": False} if name == "triton" else {}

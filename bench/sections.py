@@ -136,6 +136,6 @@ def failures(contents: Row) -> list[str]:
     lines = [contents["error"]] if contents.get("error") else []
     for name, found in contents["sections"].items():
         if found["error"]:
-            lines.append(f"{name}: {found['error'].strip().splitlines()[-1]}")
+            lines.append(f"{name}: {found['error'].strip().splitlines()[-1][:300]}")
         lines += [f"{name}: {row}" for row in found["rows"] if row.get("ok") is False]
     return lines

@@ -3,6 +3,10 @@
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="bench: the whole shapes S1, S2 and S3 instead of slices")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     no_paths_given = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if no_paths_given and config.getoption("benchmark_only", default=False):

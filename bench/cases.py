@@ -32,12 +32,28 @@ class Case:
         return Divergence(self.kind)
 
 
-# S2 is (512, 49152, 576); these are slices of it that finish in minutes on two cores
-CASES = [
-    Case("S2/4", 128, 49152, 576, "jsd", torch.float32, trainable=False),
-    Case("S2/4", 128, 49152, 576, "jsd", torch.float32, trainable=True),
-    Case("S2/4", 128, 49152, 576, "reverse_kl", torch.float32, trainable=True),
-    Case("S2/4", 128, 49152, 576, "jsd", torch.bfloat16, trainable=False),
+SHAPES = {"S1": (1024, 32000, 576), "S2": (512, 49152, 576), "S3": (512, 151936, 1024)}  # (N, V, D)
+
+
+def case(name: str, kind: str, dtype: torch.dtype, trainable: bool, slices: int = 1) -> Case:
+    """A whole shape, or one of so many slices of its tokens."""
+    n, vocab, width = SHAPES[name]
+    return Case(name if slices == 1 else f"{name}/{slices}", n // slices, vocab, width, kind, dtype, trainable)
+
+
+CASES = [  # done in minutes on two cores
+    case("S1", "jsd", torch.float32, trainable=False, slices=8),
+    case("S2", "jsd", torch.float32, trainable=False, slices=4),
+    case("S2", "jsd", torch.float32, trainable=True, slices=4),
+    case("S2", "reverse_kl", torch.float32, trainable=True, slices=4),
+    case("S2", "jsd", torch.bfloat16, trainable=False, slices=4),
+]
+FULL_CASES = [
+    case(name, kind, dtype, trainable)
+    for name in SHAPES
+    for dtype in (torch.float32, torch.bfloat16)
+    for kind in ("jsd", "reverse_kl")
+    for trainable in (False, True)
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.cases import CASES, Case, gradient_error
+from bench.cases import CASES, FULL_CASES, Case, gradient_error
 from bench.measure import peak_extra_bytes
 from bench.providers import PROVIDERS, absent, max_error
 
@@ -11,8 +11,11 @@ ROUNDS = 4
 ONCE = {"torch rows", "TRL"}  # many times slower than everything else on a CPU: one round tells it
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("case", FULL_CASES if metafunc.config.getoption("full") else CASES, ids=str)
+    metafunc.parametrize("provider", PROVIDERS)
+
+
 def test_forward_backward(benchmark, case: Case, provider: str) -> None:
     if reason := absent(provider, case):
         pytest.skip(f"{provider}: {reason}")

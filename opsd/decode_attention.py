@@ -36,8 +36,10 @@ def attend_rows(
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     else:
         out, lse = _dense(q, k, v, allowed, scale)
-    # a window may have left a whole rectangle behind: nothing of it counts
-    return (out, lse) if mask is None else (out.masked_fill(lse[..., None] == -torch.inf, 0.0), lse)
+    if mask is None:
+        return out, lse
+    nothing = ~mask.any(-1)[..., None]  # a window may have left a whole rectangle behind; kernels differ on its lse
+    return out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -torch.inf)
 
 
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,11 @@ class Prefix:
     last_hidden: Tensor  # (B, D) predicts the first response token
 
 
+def has_windows(model: LanguageModel) -> bool:
+    """Whether some layer of the decoder sees a window of tokens only."""
+    return "sliding_attention" in (getattr(model.module.config.get_text_config(), "layer_types", None) or ())
+
+
 def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Right-pad token tensors, pad audio features to one length, concatenate the rest: one batch of model inputs."""
     batch: dict[str, Tensor] = {}

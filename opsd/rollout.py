@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opsd import plain
 from opsd.decode import Room, Slots
@@ -217,15 +218,22 @@ def _plain(model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, 
     count = len(owners)
     draw = Draw(model, sampling, count)
     draw.reset(seeds)
-    prefix = plain.prefill(model, owners)
-    hidden, row = prefix.last_hidden, torch.arange(count, device=model.device)
-    seen = torch.ones(count, 0, dtype=torch.bool, device=model.device)
-    for step in range(sampling.max_new_tokens):
+    every = torch.arange(count, device=model.device)
+    # a window would count the padding of a shorter prompt
+    for rows in every.split(1 if plain.has_windows(model) else count):
+        _plain_rows(model, [owners[i] for i in rows.tolist()], rows, draw)
+    draw.cut(range(count))
+    return draw.read(len(prompts))
+
+
+def _plain_rows(model: LanguageModel, owners: list[Prompt], row: Tensor, draw: Draw) -> None:
+    count, prefix = len(draw.checked), plain.prefill(model, owners)
+    hidden = prefix.last_hidden
+    seen = torch.ones(len(owners), 0, dtype=torch.bool, device=model.device)
+    for step in range(draw.sampling.max_new_tokens):
         token, ends = draw.next(hidden, row, torch.full_like(row, step))
         seen = torch.cat([seen, (row < count)[:, None]], 1)
         row = row.masked_fill(ends, count)
         if not bool((row < count).any()):
             break
         hidden = plain.extend(model, prefix, token[:, None], seen, offset=step)[:, 0]
-    draw.cut(range(count))
-    return draw.read(len(prompts))

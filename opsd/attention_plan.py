@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opsd.packing import Packed, Span
+from opsd.transfer import to_device
 
 # Rectangles whose shortest span is at least this share of the longest are worth one call instead of two.
 _FILL = 0.75
@@ -49,11 +50,11 @@ class Rectangle:
         starts, lengths = torch.tensor([s for s, _ in spans]), torch.tensor(self.lengths)
         index = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
         real = steps < lengths[:, None]
-        self.index = index.flatten().to(device)
+        self.index = to_device(index.flatten(), device)
         self.padded = not bool(real.all())
-        self.real = real.to(device)  # (n, L)
-        self.source = real.flatten().nonzero()[:, 0].to(device)
-        self.destination = index[real].to(device)
+        self.real = to_device(real, device)  # (n, L)
+        self.source = to_device(real.flatten().nonzero()[:, 0], device)
+        self.destination = to_device(index[real], device)
 
     def take(self, x: Tensor) -> Tensor:
         shape = (self.n, self.width)
@@ -91,9 +92,8 @@ class Ragged:
         self.first, self.total = spans[0][0], total
         ends = [start + length for start, length in spans]
         self.view = all(end == start for end, (start, _) in zip(ends[:-1], spans[1:], strict=True))
-        self.index = None if self.view else torch.cat([torch.arange(s, s + n) for s, n in spans]).to(device)
-        offsets = torch.tensor([0, *self.lengths]).cumsum(0)
-        self.offsets = offsets.to(device=device, dtype=torch.int32)
+        self.index = None if self.view else _tokens(spans, device)
+        self.offsets = _offsets(self.lengths, device)
 
     def take(self, x: Tensor) -> Tensor:
         return x.narrow(0, self.first, self.total) if self.index is None else x.index_select(0, self.index)
@@ -172,7 +172,7 @@ def _ragged_keys(pairs: list[Pair], device: torch.device) -> Ragged:
     keys = Ragged([span for _, spans in pairs for span in spans], device)
     keys.lengths = [sum(length for _, length in spans) for _, spans in pairs]
     keys.width = max(keys.lengths)
-    keys.offsets = torch.tensor([0, *keys.lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    keys.offsets = _offsets(keys.lengths, device)
     return keys
 
 
@@ -197,7 +197,7 @@ def _windowed(query: Span, spans: list[Span], window: int | None, device: torch.
     place = torch.arange(query[1])[:, None] + total - query[1]
     distance = place - torch.arange(total)
     mask = (distance >= 0) & (distance < (window if window is not None else total))
-    return Part(Rectangle([query], device), keys, causal=False, merged=False, mask=mask[None, None].to(device))
+    return Part(Rectangle([query], device), keys, causal=False, merged=False, mask=to_device(mask[None, None], device))
 
 
 class _Joined(Rectangle):
@@ -206,8 +206,17 @@ class _Joined(Rectangle):
     def __init__(self, spans: Sequence[Span], device: torch.device):
         super().__init__([(0, sum(length for _, length in spans))], device)
         self.view, self.padded = False, False
-        self.index = self.destination = torch.cat([torch.arange(s, s + n) for s, n in spans]).to(device)
+        self.index = self.destination = _tokens(spans, device)
         self.source = torch.arange(self.width, device=device)
+
+
+def _tokens(spans: Sequence[Span], device: torch.device) -> Tensor:
+    return to_device(torch.cat([torch.arange(start, start + length) for start, length in spans]), device)
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(n + 1,) where spans of these lengths begin and end, int32 as flash kernels want them."""
+    return to_device(torch.tensor([0, *lengths]).cumsum(0).int(), device)
 
 
 def _buckets(pairs: list[Pair]) -> list[list[Pair]]:

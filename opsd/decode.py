@@ -24,6 +24,7 @@ from opsd.draw import Draw
 from opsd.model import LanguageModel
 from opsd.prefix_entry import Stored
 from opsd.sampling import Sampling
+from opsd.transfer import indices, to_device
 
 _FIRST_COLUMNS = 64
 
@@ -73,11 +74,11 @@ class Slots:
     def begin(self, slots: Sequence[int], responses: Sequence[int], prompts: Sequence[Stored]) -> None:
         """Start responses in slots: their first tokens are drawn from what their prompts predict."""
         device = self.row.device
-        at, rows = torch.tensor(slots).to(device), torch.tensor(responses).to(device)
+        at, rows = indices(slots, device), indices(responses, device)
         token, ends = self.draw.next(torch.stack([one.last_hidden for one in prompts]), rows, torch.zeros_like(rows))
         self.token[at] = token
         self.row[at] = rows.masked_fill(ends, self.room.responses)
-        self.start[at] = torch.tensor([float(one.next_position) for one in prompts]).to(device)
+        self.start[at] = to_device(torch.tensor([float(one.next_position) for one in prompts]), device)
         self.fed[at] = 0
 
     def arrange(self, slots_of_lanes: list[list[int]], fixed: bool) -> None:
@@ -110,7 +111,7 @@ class Slots:
 
     def keep(self, chosen: list[int]) -> None:
         """Go on with these slots only; `arrange` must follow."""
-        index = torch.tensor(chosen).to(self.row.device)
+        index = indices(chosen, self.row.device)
         self.row, self.token, self.fed, self.start = (x[index] for x in (self.row, self.token, self.fed, self.start))
         self.cell = self.cell[index]
         self.columns = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.columns]
@@ -165,4 +166,5 @@ def _doubled(columns: Tensor) -> Tensor:
 
 def _into(target: Tensor, values: Tensor) -> Tensor:
     """The values, where the target lies if they have its shape."""
-    return target.copy_(values) if target.shape == values.shape else values.to(target.device)
+    moved = to_device(values, target.device)
+    return target.copy_(moved) if target.shape == values.shape else moved

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from opsd.few_rows import product
+from opsd.logits import logits_of
 from opsd.model import LanguageModel
 from opsd.responses import Responses
 from opsd.sampling import Sampling, choose, uniforms
 from opsd.stopping import StopStrings
+from opsd.transfer import indices, to_device
 
 
 class Draw:
@@ -22,8 +24,9 @@ class Draw:
         self.model, self.sampling = model, sampling
         self.stops = StopStrings(model.tokenizer, sampling.stop)
         self.checked = [0] * responses  # tokens of each in which no stop string was found
-        self.end = torch.tensor(model.end_ids, device=device)
-        self.suppressed = torch.tensor(model.suppressed_ids, device=device, dtype=torch.long)
+        self.end = to_device(torch.tensor(model.end_ids), device)
+        self.suppressed = indices(model.suppressed_ids, device)
+        self._wide: Tensor | None = None
         shape = responses + 1, sampling.max_new_tokens
         self.tokens = torch.full(shape, model.pad_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
@@ -35,8 +38,8 @@ class Draw:
         """Begin again with one seed per prompt; responses lie prompt by prompt."""
         group, device = self.sampling.group_size, self.tokens.device
         count = len(seeds) * group
-        self.seeds[:count] = torch.tensor(seeds).repeat_interleave(group).to(device)
-        self.places[:count] = (torch.arange(count) % group).to(device)
+        self.seeds[:count] = to_device(torch.tensor(seeds).repeat_interleave(group), device)
+        self.places[:count] = to_device(torch.arange(count) % group, device)
         self.tokens.fill_(self.model.pad_id)
         self.logprobs.zero_()
         self.lengths.zero_()
@@ -44,20 +47,28 @@ class Draw:
 
     def next(self, hidden: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,) of responses `rows` at places `at`, recorded; and whether each response ends with its token."""
-        head = self.model.head.detach()
-        logits = product(hidden, head.to(hidden.dtype)).float()
+        logits = self._logits(hidden)
         uniform = uniforms(self.seeds[rows], self.places[rows], at)
         token, logprob = choose(logits, uniform, self.sampling, self.suppressed)
         self.tokens[rows, at] = token
         self.logprobs[rows, at] = logprob
         self.lengths[rows] = at + 1
-        return token, torch.isin(token, self.end) | (at + 1 >= self.sampling.max_new_tokens)
+        ends = (token[:, None] == self.end).any(-1)  # torch.isin may sort, and then waits for the device
+        return token, ends | (at + 1 >= self.sampling.max_new_tokens)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.head.detach()
+        if head.device.type != "cpu":
+            return logits_of(hidden, head)
+        if self._wide is None:  # once: a Draw on a CPU serves one call, in which the weights stand still
+            self._wide = head.to(hidden.dtype).float()
+        return product(hidden.float(), self._wide)
 
     def cut(self, responses: Sequence[int]) -> set[int]:
         """Those of these responses whose text contains a stop string by now, cut after the token that completed it."""
         if not self.stops.strings or not responses:
             return set()
-        index, found = torch.tensor(responses).to(self.tokens.device), set()
+        index, found = indices(responses, self.tokens.device), set()
         lengths = self.lengths[index].tolist()
         tokens = self.tokens[index, : max(lengths)].tolist()
         for response, row, length in zip(responses, tokens, lengths, strict=True):

@@ -20,6 +20,7 @@ from opsd.packing import Packed, Span, Tree
 from opsd.prefix_entry import Stored
 from opsd.prompts import PER_TOKEN, Prompt
 from opsd.responses import Responses
+from opsd.transfer import to_device
 
 
 def response_hidden(
@@ -74,7 +75,7 @@ def forward(
     else:  # every prompt is known and no response has a second token
         states = older[0].last_hidden.new_empty(0, older[0].last_hidden.shape[-1])
     every = torch.cat([states, *(one.last_hidden[None] for one in older)]) if older else states
-    hidden = every.index_select(0, _arange(packed.predicting).to(model.device))
+    hidden = every.index_select(0, to_device(_arange(packed.predicting), model.device))
     return hidden, _kept(model, packed, carried, prompts, states) if keep else []
 
 
@@ -92,9 +93,9 @@ def _ids(prompts: Sequence[Prompt], responses: Responses | None, packed: Packed,
             assert responses is not None
             spans.append((first_response + response * responses.tokens.shape[1], fed))
             response += 1
-    ids = [part.to(device, non_blocking=True) for part in ([torch.cat(pool)] if pool else [])]
+    ids = [to_device(torch.cat(pool), device)] if pool else []
     ids += [responses.tokens.flatten()] if responses is not None else []
-    return torch.cat(ids).index_select(0, _arange(spans).to(device))[None]
+    return torch.cat(ids).index_select(0, to_device(_arange(spans), device))[None]
 
 
 def _positions(
@@ -110,7 +111,7 @@ def _positions(
         else:
             start = stored.next_position
         parts += [(start + torch.arange(fed)).expand(model.axes, -1) for fed in tree.children]
-    return torch.cat(parts, 1).to(model.device, non_blocking=True)
+    return to_device(torch.cat(parts, 1), model.device)
 
 
 def _media(prompts: Sequence[Prompt], model: LanguageModel) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ def _media(prompts: Sequence[Prompt], model: LanguageModel) -> dict[str, Tensor]
         if name in ("input_features", "feature_attention_mask"):
             width = max(part.shape[-1] for part in parts)
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
-        media[name] = torch.cat(parts).to(model.device, non_blocking=True)
+        media[name] = to_device(torch.cat(parts), model.device)
     return media
 
 

@@ -15,6 +15,7 @@ from opsd.packing import Unit, first_fit_decreasing, units
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.rewards import reward
+from opsd.transfer import indices, to_device
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def with_advantages(config: Config, group: Group) -> Group:
     if objective.kind != "reward" and not (objective.kind == "distill" and objective.alpha > 0):
         return group
     rewards = [reward(text, row, config.rewards) for text, row in zip(group.texts, group.rows, strict=True)]
-    values = torch.tensor(rewards, device=group.responses.tokens.device)
+    values = to_device(torch.tensor(rewards), group.responses.tokens.device)
     if objective.kind == "reward":
         values = group_normalised(values, config.rollout.group_size)
     return replace(group, advantages=values)
@@ -70,7 +71,6 @@ def _part(group: Group, chosen: list[Unit], parts: Counter[int]) -> Group:
     prompts = [unit.prompt for unit in chosen]
     rows = [i for unit in chosen for i in unit.responses]
     owners = [place for place, unit in enumerate(chosen) for _ in unit.responses]
-    index = torch.tensor(rows)
     return Group(
         [group.examples[i] for i in prompts],
         [group.prompts[i] for i in prompts],
@@ -78,6 +78,6 @@ def _part(group: Group, chosen: list[Unit], parts: Counter[int]) -> Group:
         group.responses.take(rows, owners),
         [group.texts[i] for i in rows],
         {},
-        None if group.advantages is None else group.advantages[index.to(group.advantages.device)],
+        None if group.advantages is None else group.advantages.index_select(0, indices(rows, group.advantages.device)),
         tuple(parts[i] > 1 for i in prompts),
     )

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from opsd.transfer import indices, to_device
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -24,14 +26,12 @@ class Responses:
         width = max(len(tokens) for tokens in token_lists)
         rows = [tokens + [pad_id] * (width - len(tokens)) for tokens in token_lists]
         owners = tuple(i // per_prompt for i in range(len(rows)))
-        return Responses(
-            torch.tensor(rows, dtype=torch.long, device=device), tuple(len(t) for t in token_lists), owners
-        )
+        return Responses(to_device(torch.tensor(rows, dtype=torch.long), device), tuple(map(len, token_lists)), owners)
 
     def take(self, chosen: list[int], owners: list[int]) -> Responses:
         """Some of the responses, with the numbers their prompts now have."""
         lengths = tuple(self.lengths[i] for i in chosen)
-        index = torch.tensor(chosen).to(self.tokens.device)
+        index = indices(chosen, self.tokens.device)
         width = max(lengths, default=0)
         tokens, logprobs = (
             None if x is None else x.index_select(0, index)[:, :width] for x in (self.tokens, self.logprobs)
@@ -44,7 +44,7 @@ class Responses:
         """(N,) positions of the real tokens in the flattened (R * max T) grid, response by response."""
         width = self.tokens.shape[1]
         rows = [torch.arange(length) + i * width for i, length in enumerate(self.lengths)]
-        return torch.cat(rows).to(self.tokens.device)
+        return to_device(torch.cat(rows), self.tokens.device)
 
     @cached_property
     def packed_tokens(self) -> Tensor:
@@ -55,4 +55,4 @@ class Responses:
     def token_weights(self) -> Tensor:
         """(N,) fp32: 1/T_i, so that the weighted sum is the sum over responses of their means."""
         lengths = torch.tensor(self.lengths)
-        return (1.0 / lengths.float()).repeat_interleave(lengths).to(self.tokens.device)
+        return to_device((1.0 / lengths.float()).repeat_interleave(lengths), self.tokens.device)

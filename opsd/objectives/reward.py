@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opsd.transfer import to_device
+
 _EPS = 1e-4  # GRPO's guard for a group whose rewards are all alike: its advantages are 0
 
 
@@ -23,7 +25,8 @@ def reward_loss(
     token_weights: Tensor,  # (N,) fp32, 1 / (T_i * responses of the step)
 ) -> Tensor:
     """The loss above; the mean over responses is inside the token weights."""
-    per_token = advantages.repeat_interleave(torch.tensor(lengths, device=advantages.device))
+    response = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # of each token
+    per_token = advantages.index_select(0, to_device(response, advantages.device))
     return -(token_weights * per_token * logprobs).sum()
 
 

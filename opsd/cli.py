@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opsd.errors import InputError
+from opsd.say import show
 
 _REFUSED_BY_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 
@@ -49,6 +50,7 @@ def guard(
     With --debug the exception goes through, traceback and all. Errors that are ours always do.
     """
     args = made.parse_intermixed_args(argv)
+    show()
     try:
         run(args)
     except KeyboardInterrupt:

@@ -130,17 +130,18 @@ class StepKV:
         if window not in self.masks:
             self.masks[window] = self._windowed(window)
         own_mask, lane_mask = self.masks[window]
+        choice = slots.model.attention
         q = q.transpose(0, 1)
         for column, new in zip(slots.columns[layer], (k, v), strict=True):
             place = slots.fed[:, None, None, None].expand(-1, 1, *column.shape[2:])
             column.scatter_(1, place, new.transpose(0, 1)[:, None])
-        out, lse = attend_rows(q[:, None], *slots.columns[layer], slots.fed + 1, own_mask, scale, self.columns)
+        out, lse = attend_rows(q[:, None], *slots.columns[layer], slots.fed + 1, own_mask, scale, self.columns, choice)
 
         lanes, width = slots.grid.shape
         keys, values = (x[:lanes] for x in slots.lanes[layer])
         asked = q.index_select(0, slots.grid.flatten()).unflatten(0, (lanes, width))
         lengths, longest = slots.lane_lengths[:lanes], keys.shape[1]
-        shared, shared_lse = attend_rows(asked, keys, values, lengths, lane_mask, scale, longest)
+        shared, shared_lse = attend_rows(asked, keys, values, lengths, lane_mask, scale, longest, choice)
         shared, shared_lse = (x.flatten(0, 1).index_select(0, slots.cell) for x in (shared, shared_lse))
         return merge(out[:, 0], lse[:, 0], shared, shared_lse)[0]
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opsd.attention_choice import Choice, choose_kernel
+
 _aten = torch.ops.aten
 
 
@@ -22,13 +24,14 @@ def attend_rows(
     mask: Tensor | None,  # (n, L, used) bool where not the first `lengths` keys count, as under a window
     scale: float,
     used: int,  # no row uses more keys
+    choice: Choice = "auto",  # engine.attention
 ) -> tuple[Tensor, Tensor]:  # (n, L, H, d), (n, L, H) fp32
     """No gradient."""
-    if q.device.type == "cuda" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+    if mask is None and choose_kernel(q, choice).ragged:
         return _cuda_flash(q, k, v, lengths, scale)
     k, v = k[:, :used], v[:, :used]
     allowed = mask if mask is not None else torch.arange(used, device=k.device) < lengths[:, None, None]
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and choice != "dense":
         bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)[:, None]
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             *(x.transpose(1, 2) for x in (q, k, v)), 0.0, False, attn_mask=bias, scale=scale

@@ -57,6 +57,16 @@ def _refusal(module: Any) -> str | None:
         return f"it has attention dropout ({config.attention_dropout}), which the packed row does not draw"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
+    if other := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"its rotary frequencies change with the longest position of a row ({other.pop()})"
     if config.model_type not in PACKED:
         return f"a decoder of type {config.model_type}, which nobody has compared with its plain forward"
     return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers: a config has one set of parameters, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {
+        one["rope_type"] for one in (parameters, *parameters.values()) if isinstance(one, dict) and "rope_type" in one
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ class LanguageModel:
         return self.config.dtype == "bfloat16" and not self.has_adapter
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self._mixed else nullcontext()
 
 
 def load_model(

@@ -19,12 +19,13 @@ from opsd.decode import Room, Slots
 from opsd.draw import Draw
 from opsd.engine import prefill
 from opsd.few_rows import few_rows
-from opsd.graphs import Graphs
+from opsd.graphs import Graphs, obstacle
 from opsd.model import LanguageModel
 from opsd.prefix_entry import Stored
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.sampling import Sampling
+from opsd.say import say_once
 
 # On an accelerator "who has finished?" is asked once in so many tokens: asking waits for the device.
 _TOKENS_BETWEEN_CHECKS = 16
@@ -39,7 +40,7 @@ class Rollouts:
 
     def __init__(self, model: LanguageModel, slots: int = 64, graphs: bool = True, share_prefix: bool = True):
         self.model, self.slots, self.share_prefix = model, slots, share_prefix
-        self.graphs = graphs and model.device.type == "cuda"
+        self.graphs = graphs and _capturable(model)
         self._kept: tuple[tuple[Room, Sampling], Slots, Graphs] | None = None
 
     @torch.no_grad()
@@ -210,6 +211,15 @@ class _Loop:
             if response is not None:
                 lanes[self.lanes[response // self.group].place].append(slot)
         self.slots.arrange(lanes, fixed=not self.on_cpu)
+
+
+def _capturable(model: LanguageModel) -> bool:
+    if model.device.type != "cuda":
+        return False
+    decoder, capability = model.module.get_decoder(), torch.cuda.get_device_capability(model.device)
+    reason = obstacle(decoder, "bfloat16" in model.compute, capability)
+    say_once("decode steps are captured in CUDA graphs" if reason is None else f"no CUDA graphs: {reason}")
+    return reason is None
 
 
 def _plain(model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:

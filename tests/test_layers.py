@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
-    "errors few_rows byte_lru digests transfer logits integrations",  # integrations: torch and opsd_kernels only
+    "errors few_rows byte_lru digests transfer logits say integrations",  # integrations: torch and opsd_kernels only
     "sections config_problems config cli processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families",

@@ -51,6 +51,9 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
     if run.teacher_cache is not None:
         record |= run.teacher_cache.metrics()
+    features = run.model.towers.metrics()
+    if any(features.values()):  # some tower is frozen
+        record |= {f"feature_cache_{name}": float(value) for name, value in features.items()}
     record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
     run.logged = step
     run.directory.append("metrics", record)

@@ -31,7 +31,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def _measured(name: str) -> bool:
-    return name in MEASURED or name.endswith("per_second") or name.startswith("teacher_cache")
+    return name in MEASURED or name.endswith("per_second") or name.startswith(("teacher_cache", "feature_cache"))
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

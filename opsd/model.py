@@ -20,6 +20,7 @@ from opsd.errors import InputError, explained
 from opsd.families import check_prompt, install
 from opsd.features import Towers
 from opsd.integrations.hf import logit_changes, skip_head
+from opsd.liger import use_liger
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
 
@@ -74,6 +75,7 @@ class LanguageModel:
         self.attention: Choice = engine.attention
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
+        self.fused = False  # layers are Liger's
         self.has_adapter = config.adapter == "lora"
         self.towers = Towers(self._base, engine.feature_cache_mib)
         self.end_ids = _end_ids(module, self.tokenizer)
@@ -169,8 +171,9 @@ class LanguageModel:
 
     @property
     def compute(self) -> str:
-        """What a forward depends on beside weights and inputs: the dtype it computes in."""
-        return "bfloat16" if self._mixed else str(next(self.module.parameters()).dtype)
+        """What a forward depends on beside weights and inputs: the dtype it computes in, and whose layers."""
+        dtype = "bfloat16" if self._mixed else str(next(self.module.parameters()).dtype)
+        return f"{dtype} liger" if self.fused else dtype
 
     @property
     def _mixed(self) -> bool:
@@ -188,8 +191,8 @@ def load_model(
 
     seed: of a fresh adapter. checkpoint: a folder with trained weights, or a trained adapter, to take instead of the
     starting ones. engine: how packed rows are computed. Raises InputError for a path that holds no whole model and
-    processor, a family the engine does not handle, an output head it cannot use, and for a device, attention or
-    adapter that does not work here.
+    processor, a family the engine does not handle, an output head it cannot use, and for a device, attention,
+    adapter or Liger that does not work here.
     """
     from transformers.utils import logging
 
@@ -213,6 +216,7 @@ def load_model(
         module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
     model = LanguageModel(module.eval(), processor, files, config, engine or EngineConfig())
     model.check_attention()
+    model.fused = use_liger(model._base.get_decoder(), config.liger, model.device.type)
     return model
 
 

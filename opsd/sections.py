@@ -35,6 +35,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _refuse(field: str, expected: str, found: object) -> PydanticCustomError:
     """The error of a check; `opsd.config` adds file and line. `field` is the key within the section."""
     return PydanticCustomError("check", "{expected}", {"field": field, "expected": expected, "found": repr(found)})
@@ -49,6 +54,7 @@ def at_home(path: Path) -> Path:
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: at_home(path).absolute())]
 
@@ -129,6 +135,9 @@ class ModelConfig(Section):
     )
     freeze: Texts = Field(default=(), description="Name prefixes of modules that stay as they are.")
     attention: str = Field(default="sdpa", description="Attention implementation: sdpa, eager, ...")
+    liger: Switch = Field(
+        default="auto", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on CUDA where it is installed."
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 

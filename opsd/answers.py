@@ -11,7 +11,7 @@ from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
 from opsd.model import LanguageModel, load_model
 from opsd.prompts import Prompt
-from opsd.rollout import decode, rollout
+from opsd.rollout import Rollouts, decode
 from opsd.sampling import Sampling
 
 
@@ -34,8 +34,9 @@ def load_student(config: Config, checkpoint_path: Path) -> LanguageModel:
 def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:
     """Greedy answers, one per prompt, of the length and to the stop strings of a rollout."""
     sampling = Sampling.greedy(config.max_new_tokens, config.stop)
+    rollouts = Rollouts(model, config.slots, config.graphs)  # its graphs are of the weights the model wears now
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        texts += decode(model.tokenizer, rollout(model, batch, sampling, [0] * len(batch)))
+        texts += decode(model.tokenizer, rollouts(batch, sampling, [0] * len(batch)))
     return texts

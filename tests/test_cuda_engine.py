@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import util
 
 import pytest
 import torch
@@ -295,3 +296,23 @@ def test_tiers_of_memory_never_wait(folder):
         store.put(key, given)
         found = store.get(key)
     assert found is not None and same(found, given)
+
+
+@pytest.mark.skipif(util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+@pytest.mark.parametrize("words", [(), ADAPTER, MIXED], ids=["fp32", "bf16-adapter", "bf16-full"])
+def test_ligers_layers_are_as_good_as_transformers(folder, words):
+    responses = responses_of(LENGTHS, per_prompt=2)
+    found = {}
+    for choice in ("on", "off"):  # off comes last, and leaves the modeling file as it was
+        model, prompts, _ = open_model(folder, *words, f"model.liger={choice}")
+        assert model.fused == (choice == "on")
+        found[choice] = results(model, prompts[:3], responses, share=True)
+        if choice == "on":
+            rollout(model, prompts, Sampling.greedy(40), [0] * len(prompts), slots=4)  # and captured in graphs
+    exact = results(in_fp32(model), prompts[:3], responses, share=True)
+    slack = 2e-3 if words else 1e-4
+    assert not found["on"][0].equal(found["off"][0]), "the same kernels ran"
+    assert relative(found["on"][0], exact[0]) < 2 * relative(found["off"][0], exact[0]) + slack
+    for name, grad in exact[1].items():
+        mine, theirs = (relative(found[choice][1][name], grad) for choice in ("on", "off"))
+        assert mine < 2 * theirs + slack, name

@@ -28,3 +28,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             extra = f"{info['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in info else "-"
             columns = (name, f"{1e3 * seconds:.1f}", f"{info['tokens'] / seconds:.0f}", share, extra, error)
             terminalreporter.write_line("".join(f"{column:>16}" for column in columns))
+    engine = [b for b in session.benchmarks if "engine" in b.extra_info and not b.has_error] if session else []
+    if engine:
+        terminalreporter.write_sep("-", "engine: times as fast as the peer, the same values")
+    for bench in engine:
+        found = bench.extra_info["engine"]
+        target = f"at least {found['target']}" if "target" in found else ""
+        memory = f"memory {found['memory_share']:.2f} of the peer's" if "memory_share" in found else ""
+        times = f"{1e3 * bench.stats.median:.1f} ms, {found['peer']} {found['peer_ms']:.1f} ms"
+        terminalreporter.write_line(
+            f"{found['task']:<48}{found['ratio']:>6.2f}x  {target:<14}{times}  {memory}".rstrip()
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import gpu_checks, sections
+from bench import engine_report, gpu_checks, sections
 from bench.cases import Case
 from bench.gpu_sections import VOCAB, WIDTHS, N, ceilings, checks, forget, memory, speed, tuning
 from bench.results import Row, environment, write
@@ -47,6 +47,7 @@ SECTIONS = [
     Section("speed of the KLs", 30, speed(_kl(N, "reverse_kl"), _kl(N, "forward_kl"), _kl(1024, "jsd"), names=FAST)),
     Section("memory", 40, memory),
     Section("tuning", 90, tuning("jsd", "reverse_kl")),
+    Section("engine", 60, engine_report.section),
     Section("speed of every peer", 60, speed(_kl(N, "forward_kl"), _kl(N, "jsd"), names=EVERYONE)),
 ]
 

@@ -51,7 +51,7 @@ setup(
     packages=[*find_packages(include=["opsd", "opsd.*"]), "opsd_kernels"],
     # kernels/ is a source root, never a package: transformers imports a package of that name when there is one
     package_dir={"opsd_kernels": "kernels/opsd_kernels"},
-    package_data={"opsd": ["**/*.yaml", "py.typed"], "opsd_kernels": ["py.typed"]},
+    package_data={"opsd": ["**/*.yaml", "page/page.*", "py.typed"], "opsd_kernels": ["py.typed"]},
     # optional: a missing library is skipped, not an error
     ext_modules=[Extension("opsd_kernels._rows", sources=[], optional=True)],
     cmdclass={"build_ext": BuildRows},

@@ -24,8 +24,8 @@ def finished_run(run_dir: Path) -> tuple[Config, Path]:
     return config, last.path
 
 
-def load_student(config: Config, checkpoint_path: Path) -> LanguageModel:
-    """The model of a checkpoint, on as many threads as the run had."""
+def load_student(config: Config, checkpoint_path: Path | None) -> LanguageModel:
+    """The model of a checkpoint, or None: the one the run started from, on as many threads as the run had."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     return load_model(config.model, checkpoint=checkpoint_path, engine=config.engine)

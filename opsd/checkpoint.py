@@ -73,17 +73,18 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def restore(checkpoint: Checkpoint, optimizer: Optimizer, teacher: Teacher) -> None:
     """Load AdamW's moments and the teacher; the weights are read by `load_model` from the same folder."""
-    path = checkpoint.path / "trainer.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except Exception as error:
-        raise InputError("readable safetensors", str(error).splitlines()[0], file=path) from error
-    optimizer.load_state(_under("optimizer/", tensors))
-    saved = _under("teacher/", tensors)
-    for name, own in teacher.state().items():
+    optimizer.load_state(_read_trainer(checkpoint, "optimizer/"))
+    restore_teacher(checkpoint, teacher)
+
+
+def restore_teacher(checkpoint: Checkpoint, teacher: Teacher) -> None:
+    """Load the teacher alone, to see what it says of a finished run's answers."""
+    state = teacher.state()
+    saved = _read_trainer(checkpoint, "teacher/") if state else {}
+    for name, own in state.items():
         if name not in saved or saved[name].shape != own.shape:
-            raise InputError(f"teacher tensor {name} of shape {tuple(own.shape)}", "none like it", file=path)
+            expected = f"teacher tensor {name} of shape {tuple(own.shape)}"
+            raise InputError(expected, "none like it", file=_trainer_file(checkpoint))
         own.copy_(saved[name])
 
 
@@ -102,8 +103,19 @@ def _trainer_state(optimizer: Optimizer, teacher: Teacher) -> dict[str, Tensor]:
     return {name: t.detach().contiguous() for name, t in state.items()}
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _read_trainer(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's trainer state under a prefix, by the rest of their names."""
+    path = _trainer_file(checkpoint)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except Exception as error:
+        raise InputError("readable safetensors", str(error).splitlines()[0], file=path) from error
+
+
+def _trainer_file(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path / "trainer.safetensors"
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -19,7 +19,7 @@ RANKS = [
     "attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families liger",
     "rows data media prompts prompt_cache features model plain engine rewards",
     "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
-    "checkpoint group run metrics step report ablations answers",
+    "checkpoint group run metrics step ablations answers page report",
     "affect",
     "evaluate recipes train",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opsd.config import ObjectiveConfig
-from opsd_kernels import Divergence, fused_token_kl
+from opsd_kernels import Divergence, TokenStats, fused_token_kl
 
 
 def distill_loss(
@@ -23,17 +23,8 @@ def distill_loss(
     config: ObjectiveConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The divergence term, summed with the token weights, and sums over tokens for the metrics."""
-    divergence = Divergence(config.divergence, beta=config.beta, temperature=config.temperature)
-    weighted, stats = fused_token_kl(
-        student_hidden,
-        student_head.to(student_hidden.dtype),
-        teacher_hidden,
-        None if teacher_head is None else teacher_head.to(teacher_hidden.dtype),
-        divergence=divergence,
-        token_weights=token_weights,
-        workspace_mib=config.workspace_mib,
-        backend=config.backend,
-        return_stats=True,
+    weighted, stats = token_divergence(
+        student_hidden, student_head, teacher_hidden, teacher_head, config, token_weights
     )
     sums = {
         "divergence": (weighted.detach() / token_weights).sum(),
@@ -41,3 +32,27 @@ def distill_loss(
         "teacher_entropy": stats.teacher_entropy.sum(),
     }
     return weighted.sum(), sums
+
+
+def token_divergence(
+    student_hidden: Tensor,  # (N, D)
+    student_head: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (N, E), no gradient
+    teacher_head: Tensor | None,  # (V, E); None where it is the student's own
+    config: ObjectiveConfig,
+    token_weights: Tensor | None = None,  # (N,) fp32
+    tokens: Tensor | None = None,  # (N,) int64, for the log-probabilities of the statistics
+) -> tuple[Tensor, TokenStats]:  # (N,) fp32 each
+    """The config's divergence of every token, weighted, and the by-products of the same pass."""
+    return fused_token_kl(
+        student_hidden,
+        student_head.to(student_hidden.dtype),
+        teacher_hidden,
+        None if teacher_head is None else teacher_head.to(teacher_hidden.dtype),
+        divergence=Divergence(config.divergence, beta=config.beta, temperature=config.temperature),
+        token_weights=token_weights,
+        tokens=tokens,
+        workspace_mib=config.workspace_mib,
+        backend=config.backend,
+        return_stats=True,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -32,3 +33,12 @@ def test_the_version_is_said_once() -> None:
 
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{opsd.__version__}"' in project or 'dynamic = ["version"]' in project
+
+
+def test_what_is_not_python_is_package_data() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    found = re.search(r"package_data=({.*?}),$", setup, re.MULTILINE)
+    assert found is not None
+    shipped = {path for pattern in ast.literal_eval(found[1])["opsd"] for path in (ROOT / "opsd").glob(pattern)}
+    files = {path for path in (ROOT / "opsd").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path.suffix != ".py"} == {path for path in shipped if path.suffix != ".py"}

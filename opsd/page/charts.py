@@ -93,7 +93,9 @@ def _wanted(rewards: RewardsConfig) -> list[Wanted]:
         ),
         Wanted("Accuracy of rollouts", "", 1.0, {"accuracy": ("student", "accuracy")}),
         Wanted("Reward of rollouts", "", None, {"reward": ("student", reward)}),
-        Wanted("Format of rollouts", "", 1.0, {"well formed": ("student", "format"), "truncated": ("other", "truncated")}),
+        Wanted(
+            "Format of rollouts", "", 1.0, {"well formed": ("student", "format"), "truncated": ("other", "truncated")}
+        ),
         Wanted("Length of responses", "tokens", None, {"length": ("student", "response_length")}),
         Wanted(
             "Entropy",

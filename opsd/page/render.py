@@ -71,7 +71,7 @@ def render(
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters["g"] = lambda value: f"{value:.4g}"
+    environment.filters["g"] = lambda value: f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     clips = [_clip(one, config) for one in replayed]
     drawn = charts(directory.read("metrics"), directory.read("evaluations"), config.rewards)
     answers = [answer for clip in clips for _, answer in clip.answers]

@@ -6,7 +6,6 @@ Letters: N tokens of an answer, V vocabulary, D width, K candidates.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -52,12 +52,7 @@ def test_held_out_accuracy_is_of_the_split_measured_most_often():
     def measured(step, split, view="student"):
         return {"step": step, "split": split, "view": view, "accuracy": 0.5, "low": 0.4, "high": 0.6}
 
-    records = [
-        measured(0, "test"),
-        measured(0, "validation"),
-        measured(5, "validation"),
-        measured(5, "test", "teacher"),
-    ]
+    records = [measured(0, "test"), measured(0, "validation"), measured(5, "validation")]
     chart = of([], "Held-out", evaluations=records)
     assert chart.title == "Held-out accuracy (validation)"
     assert chart.series[0].x == [0, 5] and chart.series[0].intervals == [(0.4, 0.6)] * 2

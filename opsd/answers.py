@@ -9,7 +9,8 @@ import torch
 from opsd import checkpoint
 from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
-from opsd.model import LanguageModel, load_model
+from opsd.loading import load_model
+from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.rollout import Rollouts, decode
 from opsd.sampling import Sampling

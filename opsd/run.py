@@ -16,8 +16,9 @@ from opsd.checkpoint import Checkpoint
 from opsd.config import Config, dump_config, load_config
 from opsd.data import Example, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
+from opsd.loading import load_model
 from opsd.log import Clock, Progress, RunDir, make_progress
-from opsd.model import LanguageModel, load_model
+from opsd.model import LanguageModel
 from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.prefix_store import open_store

@@ -14,7 +14,8 @@ from opsd.data import read_examples
 from opsd.decode import Room, Slots
 from opsd.engine import prefill, response_hidden
 from opsd.graphs import Graphs
-from opsd.model import LanguageModel, load_model
+from opsd.loading import load_model
+from opsd.model import LanguageModel
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prefix_entry import PrefixKey, Stored, Version

@@ -10,7 +10,7 @@ from opsd.affect.tiny import TinySize, build
 from opsd.config import load_config
 from opsd.data import read_examples
 from opsd.engine import prefill, response_hidden
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
 from opsd.rollout import rollout

@@ -15,7 +15,7 @@ from opsd.config import load_config
 from opsd.engine import prefill, response_hidden
 from opsd.errors import InputError
 from opsd.families import PACKED, install
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from tests.families import FAMILIES, IMAGE, TOKENIZER, Builder, Double, build, prompts

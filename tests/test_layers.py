@@ -17,7 +17,7 @@ RANKS = [
     "sections config_problems config cli processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families liger",
-    "rows data media prompts prompt_cache features model plain engine rewards",
+    "rows data media prompts prompt_cache features model loading plain engine rewards",
     "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
     "checkpoint group run metrics step ablations answers page report",
     "affect",

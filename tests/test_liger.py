@@ -13,7 +13,7 @@ import torch
 
 from opsd import liger
 from opsd.errors import InputError
-from opsd.model import load_model
+from opsd.loading import load_model
 from tests.families import FAMILIES, build
 from tests.jobs import text_job
 

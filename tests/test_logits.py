@@ -12,8 +12,8 @@ from opsd.data import read_examples
 from opsd.engine import response_hidden
 from opsd.families import _rope_types
 from opsd.graphs import obstacle
+from opsd.loading import load_model
 from opsd.logits import logits_of
-from opsd.model import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
 from opsd.rollout import rollout

@@ -14,7 +14,7 @@ from opsd.attention_plan import plan
 from opsd.data import read_examples
 from opsd.decode import Room, Slots
 from opsd.engine import forward, prefill, response_hidden
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.objectives.reward import reward_loss
 from opsd.packing import Packed, Tree

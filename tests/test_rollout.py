@@ -7,7 +7,7 @@ import torch
 
 from opsd.data import read_examples
 from opsd.engine import response_hidden
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses

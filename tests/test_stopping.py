@@ -10,7 +10,7 @@ import torch
 
 from opsd.affect.tiny import build_tokenizer
 from opsd.data import read_examples
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
 from opsd.rollout import decode, rollout

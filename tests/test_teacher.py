@@ -8,7 +8,7 @@ import torch
 from opsd.config import TeacherConfig
 from opsd.data import read_examples
 from opsd.engine import Responses, response_hidden
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.prompts import PromptBuilder
 from opsd.teacher import build_teacher, score
 from tests.jobs import text_job

@@ -8,7 +8,7 @@ import torch
 from opsd.data import read_examples
 from opsd.engine import response_hidden
 from opsd.group import micro_batches
-from opsd.model import load_model
+from opsd.loading import load_model
 from opsd.prefix_entry import Version
 from opsd.prefix_store import open_store
 from opsd.prompts import PromptBuilder

@@ -1,0 +1,158 @@
+"""Open the model of a config: its class, its weights, what is frozen, the adapter; every problem named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsd.config import EngineConfig, ModelConfig
+from opsd.errors import InputError, explained
+from opsd.families import install
+from opsd.integrations.hf import logit_changes
+from opsd.liger import use_liger
+from opsd.model import LanguageModel
+
+# Checkpoints that speak too are opened as the part that reads and writes text.
+_THINKERS = {
+    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
+
+def load_model(
+    config: ModelConfig, seed: int = 0, checkpoint: Path | None = None, engine: EngineConfig | None = None
+) -> LanguageModel:
+    """Load model and processor from a folder or hub id, freeze what the config freezes, add the adapter.
+
+    seed: of a fresh adapter. checkpoint: a folder with trained weights, or a trained adapter, to take instead of the
+    starting ones. engine: how packed rows are computed. Raises InputError for a path that holds no whole model and
+    processor, a family the engine does not handle, an output head it cannot use, and for a device, attention,
+    adapter or Liger that does not work here.
+    """
+    from transformers.utils import logging
+
+    from opsd.processing import load_processor, read_processor_files
+
+    logging.disable_progress_bar()  # ours is on the terminal
+    lora = config.adapter == "lora"
+    source = config.path if checkpoint is None or lora else str(checkpoint)
+    module = _read_weights(source, config)
+    _check_head(module, source)
+    install(module)
+    _freeze(module, config.freeze)
+    if lora:
+        module = _add_lora(module, config, seed, checkpoint)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")
+    with explained("a tokenizer, and a processor where the model has media", field="model.path"):
+        processor = load_processor(source, trust_remote_code=config.trust_remote_code)
+        files = read_processor_files(source)
+    with explained("auto, or a device of this machine", field="model.device"):
+        module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = LanguageModel(module.eval(), processor, files, config, engine or EngineConfig())
+    model.check_attention()
+    model.fused = use_liger(model._base.get_decoder(), config.liger, model.device.type)
+    return model
+
+
+def _read_weights(path: str, config: ModelConfig) -> Any:
+    """The model in the class its config names, every weight read; a full Omni checkpoint is opened as its thinker."""
+    import transformers
+
+    with explained("a model folder or hub id", field="model.path"):
+        hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    architecture = (hf_config.architectures or ["(none)"])[0]
+    architecture = _THINKERS.get(architecture, architecture)
+    cls: Any = getattr(transformers, architecture, object)
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not is_model or hf_config.is_encoder_decoder:
+        found = f"{architecture} in {path}"
+        raise InputError("a decoder architecture known to transformers", found, field="model.path")
+    with explained("weights that load, and model.attention that they support", field="model.path"):
+        module, report = cls.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"all weights of {architecture}", f"{path} without {names}", field="model.path")
+    return module
+
+
+def _check_head(module: Any, path: str) -> None:
+    name = type(module).__name__
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        found = f"{name} in {path}, which has none"
+        raise InputError("a model with an output head (a causal language model)", found, field="model.path")
+    if getattr(head, "bias", None) is not None:
+        raise InputError("an output head without bias", f"{name}, which has one", field="model.path")
+    if changes := logit_changes(module):  # the loss would see another distribution than the model samples from
+        found = f"{name} with " + ", ".join(f"{key}={value}" for key, value in changes.items())
+        raise InputError("logits that are head(hidden), nothing after it", found, field="model.path")
+
+
+def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Freeze modules by the beginning of their parameters' names: `visual` or `model.layers.1`, not layers.10."""
+    names = [name for name, _ in module.named_parameters()]
+    for prefix in prefixes:
+        if not any(_is_under(name, prefix) for name in names):
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise InputError(f"the name of a module or parameter ({parts}, ...)", repr(prefix), field="model.freeze")
+    for name, parameter in module.named_parameters():
+        if any(_is_under(name, prefix) for prefix in prefixes):
+            parameter.requires_grad_(False)
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix.rstrip(".") + ".")
+
+
+def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | None) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if checkpoint is not None:
+        with explained("an adapter of this model", field="--resume"):
+            return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
+    every = config.lora_targets == "all-linear"
+    targets = _decoder_linear(module) if every else list(config.lora_targets)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_outside_decoder(module),
+        task_type="CAUSAL_LM",
+    )
+    head = next(name for name, child in module.named_modules() if child is module.get_output_embeddings())
+    if isinstance(targets, list) and any(f".{head}".endswith(f".{target}") for target in targets):
+        raise InputError("no adapter on the output head", str(targets), field="model.lora_targets")
+    torch.manual_seed(seed)
+    with explained("names of modules in the decoder", field="model.lora_targets"):
+        return get_peft_model(module, lora)
+
+
+def _decoder_linear(module: Any) -> str:
+    """A pattern of every linear layer in the decoder.
+
+    peft's own "all-linear" goes by last names: the `0` in a tower's list of layers would be the decoder's layer 0.
+    """
+    decoder: Any = module.get_decoder()
+    prefix = next(f"{name}." for name, child in module.named_modules() if child is decoder)
+    linear = {name.rpartition(".")[2] for name, child in decoder.named_modules() if isinstance(child, nn.Linear)}
+    return rf"{re.escape(prefix)}(.*\.)?({'|'.join(sorted(linear))})"
+
+
+def _outside_decoder(module: Any) -> str | None:
+    """A pattern of everything outside the decoder: perception towers keep their weights under LoRA."""
+    decoder: Any = module.get_decoder()
+    name = next((name for name, child in module.named_modules() if child is decoder), "")
+    return rf"^(?!{name}\.).*$" if name else None

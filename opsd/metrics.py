@@ -28,7 +28,8 @@ class Sums:
 def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
-    Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens).
+    Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens), and
+    leak_rate, the share that speaks of what only the teacher sees.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. Beside the
     rollout, whose texts are read on the host, this is where the host waits for the device.

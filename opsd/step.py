@@ -11,6 +11,7 @@ from torch import Tensor
 from opsd.data import Example
 from opsd.engine import response_hidden
 from opsd.group import Group
+from opsd.leaks import answer_leaks
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
@@ -93,6 +94,7 @@ def _scores(run: Run, examples: list[Example], responses: Responses, texts: list
     return {
         "accuracy": sum(accuracy(text, owner.label) for text, owner in zip(texts, owners, strict=True)),
         "format": sum(well_formed(text) for text in texts),
+        "leak_rate": sum(bool(answer_leaks(text)) for text in texts),
         "truncated": sum(t[n - 1] not in ended and not any(stop in text for stop in stops) for t, n, text in rows),
     }
 

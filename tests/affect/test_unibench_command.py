@@ -229,7 +229,7 @@ class Server(BaseHTTPRequestHandler):
 def server(monkeypatch):
     made = HTTPServer(("127.0.0.1", 0), Server)
     made.bodies, made.refuse = [], []
-    monkeypatch.setattr("opsd.affect.unibench.second_model.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("opsd.pace.time.sleep", lambda seconds: None)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()

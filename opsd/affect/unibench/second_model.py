@@ -6,16 +6,13 @@ tokens. An endpoint is sent all but the penalty, which is not part of its interf
 
 from __future__ import annotations
 
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 from opsd.affect.unibench.prompts import ExtractionPrompts, clean_reply
+from opsd.chat import ChatClient, Endpoint, RefusedError
 from opsd.errors import InputError, explained
 
 TEMPERATURE: Final = 0.7
@@ -23,8 +20,6 @@ TOP_P: Final = 0.8
 REPETITION_PENALTY: Final = 1.05
 MAX_TOKENS: Final = 512
 BATCH: Final = 8
-_TRIES: Final = 5
-_PASSING: Final = {408, 409, 429, 500, 502, 503, 504}
 
 Ask = Callable[[list[str]], list[str]]  # prompts -> replies
 
@@ -50,43 +45,21 @@ class SecondModel:
 
 def endpoint(url: str, model: str, key: str | None, seed: int) -> Ask:
     """A model behind URL/chat/completions. A refusal is an `InputError`; a passing failure is tried five times."""
+    client = ChatClient(Endpoint(url, model, key).check("--extractor"))
 
     def one(prompt: str) -> str:
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": TEMPERATURE,
-            "top_p": TOP_P,
-            "max_tokens": MAX_TOKENS,
-            "seed": seed,
-        }
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-        with explained("a reply of an OpenAI-compatible endpoint", field="--extractor"):
-            reply = json.loads(_send(request))
-            return str(reply["choices"][0]["message"]["content"])
+        message = {"role": "user", "content": prompt}
+        settings = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_TOKENS, "seed": seed}
+        try:
+            return client.ask([message], settings).text
+        except RefusedError as error:
+            raise InputError("a reply", error.reason, field="--extractor") from error
 
     def ask(prompts: list[str]) -> list[str]:
         with ThreadPoolExecutor(BATCH) as pool:
             return list(pool.map(one, prompts))
 
     return ask
-
-
-def _send(request: urllib.request.Request) -> bytes:
-    for attempt in range(_TRIES):
-        try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                return bytes(reply.read())
-        except urllib.error.HTTPError as error:
-            if error.code not in _PASSING or attempt == _TRIES - 1:
-                said = error.read(300).decode("utf-8", "replace").strip()
-                raise InputError("a reply", f"HTTP {error.code}: {said}", field="--extractor") from error
-        except (urllib.error.URLError, TimeoutError) as error:
-            if attempt == _TRIES - 1:
-                raise InputError("a reply", str(error), field="--extractor") from error
-        time.sleep(0.5 * 2**attempt)
-    raise AssertionError("the last try returns or raises")
 
 
 def local(folder: Path, seed: int) -> Ask:

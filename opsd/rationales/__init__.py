@@ -1,0 +1,1 @@
+"""Rationales for labelled rows from a model behind an endpoint."""

@@ -109,7 +109,7 @@ def test_silence_is_a_failure_that_passes(server, clock):
 def test_a_closed_port_is_a_refusal(server, clock):
     server.shutdown()
     server.server_close()
-    with pytest.raises(RefusedError, match="no reply: .*refused"):
+    with pytest.raises(RefusedError, match=r"no reply: .*refused"):
         client(server, clock).ask(HELLO, {})
     assert len(clock.slept) == 4
 

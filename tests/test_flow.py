@@ -95,6 +95,14 @@ def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path)
     assert record["response_length"] == tokens / 12 and record["truncated"] == truncated / 12
 
 
+def test_the_leak_rate_counts_responses_that_speak_of_the_teachers_view(tmp_path, monkeypatch):
+    texts = ["The evidence says so.", "As given, sad.", "a sad mouth"]
+    monkeypatch.setattr("opsd.step.decode", lambda tokenizer, responses: (texts * 99)[: len(responses.lengths)])
+    with open_run(text_job(tmp_path)) as run:
+        group = sample(run, run.rows(0)[:2], 0)
+    assert group.scores["leak_rate"] == sum(text != texts[2] for text in group.texts) > 0
+
+
 def test_two_steps_sample_different_responses_for_the_same_row(tmp_path):
     with open_run(text_job(tmp_path)) as run:
         rows = run.rows(0)[:2]

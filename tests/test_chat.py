@@ -188,7 +188,7 @@ def test_retries_keep_the_pace_and_usage_settles_it(server, clock):
 
 
 def test_the_jitter_is_there(server, clock, monkeypatch):
-    monkeypatch.setattr(chat.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(chat.random, "uniform", lambda low, high: high)
     server.script = [(500, {}, b"")] * 2
     client(server, clock).ask(HELLO, {})
-    assert clock.slept == [0.5, 1.0]
+    assert clock.slept == [0.75, 1.5]

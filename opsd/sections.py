@@ -54,6 +54,7 @@ def at_home(path: Path) -> Path:
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Temperature = Annotated[Float, Field(ge=1e-6, le=1e6)]  # fp32 logits divided by less, or by more, are not numbers
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Local = Annotated[Path, Field(strict=False), AfterValidator(lambda path: at_home(path).absolute())]
@@ -173,7 +174,7 @@ class EngineConfig(Section):
 class RolloutConfig(Section):
     group_size: int = Field(default=4, ge=1, description="G, responses sampled per prompt.")
     max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="Longest response (tokens).")
-    temperature: Float = Field(default=1.0, gt=0, description="Sampling temperature.")
+    temperature: Temperature = Field(default=1.0, description="Sampling temperature.")
     top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens; null keeps all.")
     top_p: Float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
     min_p: Float = Field(
@@ -210,7 +211,7 @@ class ObjectiveConfig(Section):
     kind: Literal["distill", "sft", "reward"] = Field(default="distill", description="What is trained.")
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field(default="jsd", description="Per-token divergence.")
     beta: Float = Field(default=0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
-    temperature: Float = Field(default=1.0, gt=0, description="Temperature of both distributions.")
+    temperature: Temperature = Field(default=1.0, description="Temperature of both distributions.")
     alpha: Float = Field(
         default=0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
     )

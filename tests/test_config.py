@@ -99,6 +99,14 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
     ("text", "message"),
     [
         (
+            "rollout:\n  temperature: 1e-300\n",
+            "run.yaml:4: field 'rollout.temperature': expected a value >= 1e-06; found '1e-300'",
+        ),
+        (
+            "objective:\n  temperature: 1e+300\n",
+            "run.yaml:4: field 'objective.temperature': expected a value <= 1000000.0; found '1e+300'",
+        ),
+        (
             "optim:\n  lrr: 1\n",
             "run.yaml:4: field 'optim.lrr': expected a key of section optim, one of lr, betas, eps, "
             "weight_decay, max_grad_norm, schedule, warmup_steps; found an unknown key (did you "

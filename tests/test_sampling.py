@@ -136,6 +136,18 @@ def test_a_suppressed_id_may_be_the_only_likely_one(options):
     torch.testing.assert_close(logprob, logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_the_ends_of_the_temperatures_a_config_may_name(temperature):
+    """The likeliest token at one end, any token that is not suppressed at the other."""
+    logits = 40 * torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
+    uniform = (torch.arange(64).double() + 0.5) / 64
+    token, _ = choose(logits.clone(), uniform, Sampling(1, 1, temperature), torch.tensor([7, 299]))
+    logits[:, [7, 299]] = -torch.inf
+    likeliest = token == logits.argmax(-1)
+    assert likeliest.all() if temperature < 1 else likeliest.sum() < 8 and len(token.unique()) > 56
+    assert not torch.isin(token, torch.tensor([7, 299])).any()
+
+
 @pytest.mark.parametrize("options", [*FILTERS.values(), {"temperature": 0.0}], ids=[*FILTERS, "greedy"])
 def test_no_shape_and_no_branch_depends_on_a_value_off_the_cpu(options):
     """Tensors on the meta device have no values: reading one, or a shape made of one, raises."""

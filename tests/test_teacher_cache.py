@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from opsd.data import read_examples
+from opsd.digests import model_identity
 from opsd.engine import response_hidden
 from opsd.group import micro_batches
 from opsd.loading import load_model
@@ -15,8 +18,12 @@ from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
 from opsd.run import open_run
 from opsd.step import sample, teach
+from opsd.teacher import build_teacher, score
 from opsd.teacher_cache import TeacherCache
+from tests.families import FAMILIES, Double, build
+from tests.families import prompts as prompts_of
 from tests.jobs import text_job
+from tests.test_families import open_model, responses_of
 
 
 @pytest.fixture
@@ -66,6 +73,57 @@ def test_an_update_never_serves_what_older_weights_computed(setting, moving):
     want = response_hidden(model, prompts, responses, share_prefix=False)
     close = torch.allclose(found, want, rtol=1e-5, atol=1e-5)
     assert close == moving  # the other case is the mutant: the version left out
+
+
+MOVING = {
+    "live": ["teacher.kind=live"],
+    "ema": [],
+    "lora-live": ["model.adapter=lora", "teacher.kind=live"],
+    "lora-dense": ["model.adapter=lora"],
+    "lora-freeze_a": ["model.adapter=lora", "teacher.lora_average=freeze_a"],
+    "lora-factors": ["model.adapter=lora", "teacher.lora_average=factors"],
+}
+
+
+@pytest.mark.parametrize("words", MOVING.values(), ids=MOVING.keys())
+def test_every_teacher_that_moves_says_so(setting, tmp_path, words):
+    _, _, prompts, responses = setting
+    config = text_job(tmp_path, *words)
+    model = load_model(config.model)
+    teacher, cache = build_teacher(config.teacher, model), cache_of(config, model)
+
+    def states(cache):
+        return score(teacher, model, prompts, responses, cache=cache, again=[True] * 3)[0]
+
+    before = states(cache)
+    torch.testing.assert_close(states(cache), before, rtol=1e-5, atol=1e-5)
+    assert cache.metrics()["teacher_cache_host_hits"] == 3
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        teacher.update()
+        found, want = states(cache), states(None)
+        assert (want - before).norm() > 1e-3 * before.norm()
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        before = want
+
+
+@pytest.mark.parametrize("medium", ["pixel_values", "pixel_values_videos", "input_features"])
+def test_other_media_under_the_same_tokens_are_another_prompt(tmp_path, monkeypatch, medium):
+    family = FAMILIES["qwen2_5_omni"]
+    build(family).save_pretrained(tmp_path / "omni")
+    model = open_model(tmp_path / "omni", monkeypatch)
+    cache = cache_of(text_job(tmp_path), model)
+    view = next(prompt for prompt in prompts_of(family) if medium in prompt.inputs)
+    other = replace(view, inputs={**view.inputs, medium: view.inputs[medium].flip(0, -1)})
+    responses = responses_of(model, 1, 8)
+    with torch.no_grad(), Double():
+        first = cache.hidden(model, None, [view], responses, [False])
+        found = cache.hidden(model, None, [other], responses, [False])
+        want = response_hidden(model, [other], responses, share_prefix=False)
+    assert (want - first).norm() > 1e-5 * first.norm()
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["ema", "live", "frozen"])
@@ -124,6 +182,6 @@ def test_the_version_says_whose_weights_only_where_files_outlive_them(setting, t
     with torch.no_grad():
         disk = cache_of(config, model, teacher_cache="disk", teacher_cache_dir=tmp_path / "c")
         disk.hidden(model, None, prompts, responses, [False] * 3)
-        assert len(disk._current(model, None).model) == 64
+        assert disk._current(model, None) == Version(model_identity(model.module, model.compute))
         memory = cache_of(config, model)
         assert memory._current(model, None) == Version("frozen")

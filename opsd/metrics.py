@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
+from opsd.errors import InputError
 from opsd.group import Group
 from opsd.log import PHASES, peak_memory_mib
 from opsd.run import Run
@@ -41,6 +44,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     if step % config.every and step != run.config.train.steps:
         return
     values, seconds = sums.read() | group.scores, run.clock.read()
+    _check_finite(values, step)
     tokens, responses = values.pop("tokens"), values.pop("responses")
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
     for name in ("grad_norm", "lr"):
@@ -59,6 +63,16 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     run.logged = step
     run.directory.append("metrics", record)
     run.progress.step(record)
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    """Raise InputError before a checkpoint is written of weights that are not numbers any more."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            found = f"{values[name]} in step {step}"
+            raise InputError(
+                "a finite number", found, field=name, hint="a lower optim.lr? --resume goes on from the last checkpoint"
+            )
 
 
 def _log_samples(run: Run, step: int, group: Group) -> None:

@@ -247,3 +247,19 @@ def test_a_users_own_empty_folder_survives_a_failed_start(job, capsys):
     (job / "run").mkdir()
     run(job, "model.device=nowhere", capsys=capsys)
     assert (job / "run").is_dir()
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_run_whose_loss_or_gradient_is_no_number_ends_before_it_is_saved(job, capsys, monkeypatch, what):
+    from opsd.objectives.distill import distill_loss
+
+    def broken(hidden, *rest):
+        if what == "grad_norm":
+            hidden.register_hook(lambda grad: grad * float("inf"))
+        loss, sums = distill_loss(hidden, *rest)
+        return (loss + float("nan") if what == "loss" else loss), sums
+
+    monkeypatch.setattr("opsd.step.distill_loss", broken)
+    err = run(job, "checkpoint.every=1", capsys=capsys)
+    assert f"'{what}': expected a finite number" in err and "step 1" in err
+    assert not list((job / "run").glob("checkpoints/step-*"))

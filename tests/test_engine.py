@@ -8,6 +8,7 @@ import torch
 from opsd.data import read_examples
 from opsd.engine import response_hidden
 from opsd.loading import load_model
+from opsd.packing import Packed, Tree
 from opsd.plain import collate
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
@@ -93,3 +94,9 @@ def test_dropout_of_the_student_survives_the_teacher(setting):
             assert not model.module.training
         assert model.module.training
     assert not model.module.training
+
+
+def test_tokens_of_a_packed_row_against_those_of_a_padded_batch():
+    packed = Packed((Tree(5, (3, 1, 0)), Tree(2, (7,), stored=True), Tree(4)))
+    assert packed.length == 5 + 2 + 6 + 4
+    assert packed.padded_length == 4 * (2 + 6)  # four responses, each with its prompt, as long as the longest

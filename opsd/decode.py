@@ -13,13 +13,13 @@ capacity do, so that it can be captured in a CUDA graph (opsd/graphs.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opsd.attention import merge
-from opsd.decode_attention import attend_rows
+from opsd.decode_attention import Seen, attend_rows
 from opsd.draw import Draw
 from opsd.model import LanguageModel
 from opsd.prefix_entry import Stored
@@ -58,6 +58,7 @@ class Slots:
         self.columns = [_pair(keys, room.slots, _FIRST_COLUMNS) for keys in like.keys]
         self.grid = torch.zeros(room.lanes, 1, dtype=torch.long, device=device)  # (lanes, width) the slots of a lane
         self.cell = torch.zeros_like(self.row)  # place of a slot in the flattened grid
+        self.in_order = False  # the flattened grid is the slots, one after another
 
     @property
     def capacity(self) -> int:
@@ -93,6 +94,7 @@ class Slots:
             for place, slot in enumerate(slots):
                 cell[slot] = lane * width + place
         self.grid = _into(self.grid, torch.tensor(grid))
+        self.in_order = not fixed and [slot for slots in grid for slot in slots] == list(range(len(self.row)))
         self.cell = _into(self.cell, torch.tensor(cell))
 
     def reserve(self, columns: int) -> None:
@@ -122,38 +124,44 @@ class StepKV:
 
     def __init__(self, slots: Slots, columns: int):
         self.slots, self.columns = slots, columns
-        self.masks: dict[int | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+        lanes, longest = len(slots.grid), slots.lanes[0][0].shape[1]
+        own, lane = Seen(slots.fed + 1, columns), Seen(slots.lane_lengths[:lanes], longest)
+        self.seen: dict[int | None, tuple[Seen, Seen]] = {None: (own, lane)}  # by window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q (H, slots, d), k and v (Hkv, slots, d) -> (slots, H, d)."""
         slots = self.slots
-        if window not in self.masks:
-            self.masks[window] = self._windowed(window)
-        own_mask, lane_mask = self.masks[window]
+        if window not in self.seen:
+            self.seen[window] = self._windowed(window)
+        own, lane = self.seen[window]
         choice = slots.model.attention
         q = q.transpose(0, 1)
         for column, new in zip(slots.columns[layer], (k, v), strict=True):
             place = slots.fed[:, None, None, None].expand(-1, 1, *column.shape[2:])
             column.scatter_(1, place, new.transpose(0, 1)[:, None])
-        out, lse = attend_rows(q[:, None], *slots.columns[layer], slots.fed + 1, own_mask, scale, self.columns, choice)
+        out, lse = attend_rows(q[:, None], *slots.columns[layer], own, scale, choice)
 
         lanes, width = slots.grid.shape
         keys, values = (x[:lanes] for x in slots.lanes[layer])
-        asked = q.index_select(0, slots.grid.flatten()).unflatten(0, (lanes, width))
-        lengths, longest = slots.lane_lengths[:lanes], keys.shape[1]
-        shared, shared_lse = attend_rows(asked, keys, values, lengths, lane_mask, scale, longest, choice)
-        shared, shared_lse = (x.flatten(0, 1).index_select(0, slots.cell) for x in (shared, shared_lse))
-        return merge(out[:, 0], lse[:, 0], shared, shared_lse)[0]
+        asked = q if slots.in_order else q.index_select(0, slots.grid.flatten())
+        shared = attend_rows(asked.unflatten(0, (lanes, width)), keys, values, lane, scale, choice)
+        theirs, theirs_lse = (x.flatten(0, 1) for x in shared)
+        if not slots.in_order:
+            theirs, theirs_lse = (x.index_select(0, slots.cell) for x in (theirs, theirs_lse))
+        return merge(out[:, 0], lse[:, 0], theirs, theirs_lse)[0]
 
-    def _windowed(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Masks (slots, 1, columns) and (lanes, width, longest prompt) of keys at distance < window."""
+    def _windowed(self, window: int | None) -> tuple[Seen, Seen]:
+        """Keys at distance < window: (slots, 1, columns) and (lanes, width, longest prompt)."""
         assert window is not None
-        slots = self.slots
+        slots, (own, lane) = self.slots, self.seen[None]
         at, place = slots.fed[:, None, None], torch.arange(self.columns, device=slots.fed.device)
         lengths = slots.lane_lengths[: len(slots.grid), None, None]
         prompt = torch.arange(slots.lanes[0][0].shape[1], device=slots.fed.device)
         distance = lengths + slots.fed[slots.grid][..., None] - prompt
-        return (place <= at) & (at - place < window), (prompt < lengths) & (distance < window)
+        return (
+            replace(own, mask=(place <= at) & (at - place < window)),
+            replace(lane, mask=(prompt < lengths) & (distance < window)),
+        )
 
 
 def _pair(like: Tensor, rows: int, length: int) -> tuple[Tensor, Tensor]:

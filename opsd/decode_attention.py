@@ -8,6 +8,9 @@ many keys a row uses and reads no others.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -16,33 +19,55 @@ from opsd.attention_choice import Choice, choose_kernel
 _aten = torch.ops.aten
 
 
+@dataclass
+class Seen:
+    """Which keys of its rectangle each row uses: made once a step, shared by the layers."""
+
+    lengths: Tensor  # (n,) int64, of what counts without a mask
+    used: int  # no row uses more keys
+    mask: Tensor | None = None  # (n, L, used) bool where not the first `lengths` keys count, as under a window
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """(n, L or 1, used) bool."""
+        if self.mask is not None:
+            return self.mask
+        return torch.arange(self.used, device=self.lengths.device) < self.lengths[:, None, None]
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """(n, 1, L or 1, used) fp32, 0 or -inf."""
+        return torch.zeros_like(self.allowed, dtype=torch.float32).masked_fill_(~self.allowed, -torch.inf)[:, None]
+
+    @cached_property
+    def nothing(self) -> Tensor:
+        """(n, L, 1) bool: a window has left the whole rectangle behind."""
+        return ~self.allowed.any(-1)[..., None]
+
+
 def attend_rows(
     q: Tensor,  # (n, L, H, d)
     k: Tensor,  # (n, C, Hkv, d)
     v: Tensor,
-    lengths: Tensor,  # (n,) int64, used without a mask
-    mask: Tensor | None,  # (n, L, used) bool where not the first `lengths` keys count, as under a window
+    seen: Seen,
     scale: float,
-    used: int,  # no row uses more keys
     choice: Choice = "auto",  # engine.attention
 ) -> tuple[Tensor, Tensor]:  # (n, L, H, d), (n, L, H) fp32
     """No gradient."""
-    if mask is None and choose_kernel(q, choice).ragged:
-        return _cuda_flash(q, k, v, lengths, scale)
-    k, v = k[:, :used], v[:, :used]
-    allowed = mask if mask is not None else torch.arange(used, device=k.device) < lengths[:, None, None]
+    if seen.mask is None and choose_kernel(q, choice).ragged:
+        return _cuda_flash(q, k, v, seen.lengths, scale)
+    k, v = k[:, : seen.used], v[:, : seen.used]
     if q.device.type == "cpu" and choice != "dense":
-        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)[:, None]
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x.transpose(1, 2) for x in (q, k, v)), 0.0, False, attn_mask=bias, scale=scale
+            *(x.transpose(1, 2) for x in (q, k, v)), 0.0, False, attn_mask=seen.bias.to(q.dtype), scale=scale
         )
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     else:
-        out, lse = _dense(q, k, v, allowed, scale)
-    if mask is None:
+        out, lse = _dense(q, k, v, seen.allowed, scale)
+    if seen.mask is None:
         return out, lse
-    nothing = ~mask.any(-1)[..., None]  # a window may have left a whole rectangle behind; kernels differ on its lse
-    return out.masked_fill(nothing[..., None], 0.0), lse.masked_fill(nothing, -torch.inf)
+    # kernels differ on the lse of nothing
+    return out.masked_fill(seen.nothing[..., None], 0.0), lse.masked_fill(seen.nothing, -torch.inf)
 
 
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:

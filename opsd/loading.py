@@ -47,6 +47,8 @@ def load_model(
     _freeze(module, config.freeze)
     if lora:
         module = _add_lora(module, config, seed, checkpoint)
+    if config.activation_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")
     with explained("a tokenizer, and a processor where the model has media", field="model.path"):

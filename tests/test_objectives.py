@@ -220,3 +220,29 @@ def test_score_does_not_depend_on_sharing(opened):
         a, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=True)
         b, _ = score(run.teacher, run.model, prompts, group.responses, share_prefix=False)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_activation_checkpointing_changes_no_gradient_and_saves_memory(tmp_path, adapter):
+    found = []
+    for on in (False, True):
+        words = [
+            f"model.activation_checkpointing={on}",
+            f"model.adapter={adapter}",
+            f"train.run_dir={tmp_path / str(on)}",
+        ]
+        with open_run(text_job(tmp_path, *words, "engine.token_budget=10000")) as run:
+            [part] = micro_batches(run.config, sample(run, run.rows(0), 0))
+            target, held = teach(run, part), []
+
+            def note(tensor, held=held):
+                held.append(tensor.nbytes)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = learn(run, part, target, Sums())
+            found.append((sum(held), gradients(run, loss)))
+    (plain, grads), (saved, again) = found
+    assert saved < 0.6 * plain
+    for name, grad in grads.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-5, atol=1e-7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 
 _log = logging.getLogger("opsd")
 _said: set[str] = set()
@@ -27,4 +28,5 @@ def show() -> None:
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        with suppress(OSError, ValueError):  # a terminal that is full or gone must not end a run
+            print(record.getMessage(), file=sys.stderr)

@@ -137,10 +137,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="tasks whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("bench/results/engine-cpu.json"))
     args = parser.parse_args()
-    facts = {"layers": args.layers, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    about = environment()  # of every row: peers may live in another environment
+    facts = {
+        "layers": args.layers,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "commit": about["commit"],
+        "versions": about["versions"],
+    }
     rows = []
     for row in _rows(args):
-        rows.append({**row, **facts, "commit": environment()["commit"], "measured": time.strftime("%Y-%m-%d")})
+        rows.append({**row, **facts, "measured": time.strftime("%Y-%m-%d")})
         print(line(row), flush=True)
         keep(args.out, rows)
     return 0

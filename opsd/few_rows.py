@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _FEW = 48  # rows
+_LARGE = 1 << 18  # weights of a matrix; below, turning it over costs more than it gains
 
 
 def product(
@@ -31,7 +32,7 @@ def product(
 def few_rows(module: nn.Module) -> Iterator[None]:
     """Inside, the linear layers of a module on a CPU compute with `product`; on other devices nothing changes."""
     plain: list[Any] = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    layers = [layer for layer in plain if layer.weight.device.type == "cpu"]
+    layers = [layer for layer in plain if layer.weight.device.type == "cpu" and layer.weight.numel() >= _LARGE]
     for layer in layers:
         layer.forward = partial(_forward, layer)
     try:

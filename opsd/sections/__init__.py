@@ -1,0 +1,65 @@
+"""What a run can be told: one frozen section per module that reads it. `opsd.config` reads and writes them.
+
+Units and letters are those of the project: G responses per prompt, steps are optimizer updates.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from opsd.sections.base import Section, at_home, refuse
+from opsd.sections.engine import EngineConfig, RolloutConfig
+from opsd.sections.inputs import TEACHER_TEMPLATE, DataConfig, MediaConfig, PromptsConfig
+from opsd.sections.learning import ObjectiveConfig, OptimConfig, RewardsConfig, TeacherConfig
+from opsd.sections.model import ModelConfig
+from opsd.sections.running import CheckpointConfig, EvaluateConfig, LogConfig, TrainConfig
+
+
+class Config(Section):
+    """Everything a run depends on, resolved."""
+
+    data: DataConfig = DataConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    media: MediaConfig = MediaConfig()
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _across(self) -> Config:
+        if self.objective.kind == "reward" and self.rollout.group_size < 2:
+            raise refuse("rollout.group_size", "at least 2 for objective.kind reward, which compares responses", 1)
+        if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
+            raise refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
+        return self
+
+
+__all__ = [
+    "TEACHER_TEMPLATE",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "LogConfig",
+    "MediaConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PromptsConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "Section",
+    "TeacherConfig",
+    "TrainConfig",
+    "at_home",
+    "refuse",
+]

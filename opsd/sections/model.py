@@ -1,0 +1,32 @@
+"""The section of the model and what of it is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from opsd.sections.base import Float, Section, Switch, Texts
+
+
+class ModelConfig(Section):
+    path: str = Field(min_length=1, description="Folder or hub id of the model and its processor.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    adapter: Literal["none", "lora"] = Field(default="none", description="none trains the weights, lora an adapter.")
+    lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter times its rank.")
+    lora_dropout: Float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_targets: Literal["all-linear"] | Texts = Field(
+        default="all-linear", description="Modules that get an adapter."
+    )
+    freeze: Texts = Field(default=(), description="Name prefixes of modules that stay as they are.")
+    attention: str = Field(default="sdpa", description="Attention implementation: sdpa, eager, ...")
+    liger: Switch = Field(
+        default="auto", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on CUDA where it is installed."
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep each layer's input only, compute the rest again in the backward.",
+    )
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")

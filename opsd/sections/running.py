@@ -1,0 +1,38 @@
+"""Sections of the run itself: length, checkpoints, log, evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from opsd.sections.base import Local, Section
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=0, ge=0, description="Steps between checkpoints; 0 writes one at the end only.")
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest ones.")
+
+
+class LogConfig(Section):
+    every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
+    samples_every: int = Field(default=20, ge=0, description="Steps between sampled responses; 0 writes none.")
+    samples: int = Field(default=4, ge=0, description="Responses written each time.")
+    progress: Literal["auto", "rich", "plain", "none"] = Field(default="auto", description="auto: rich on a terminal.")
+
+
+class EvaluateConfig(Section):
+    every: int = Field(default=0, ge=0, description="Steps between evaluations; 0 evaluates before and after only.")
+    batch_size: int = Field(default=32, ge=1, description="Prompts decoded together.")
+    limit: int | None = Field(default=None, ge=1, description="Use the first rows only; null uses all.")
+    teacher: bool = Field(default=True, description="Also measure the teacher's view.")
+
+
+class TrainConfig(Section):
+    steps: int = Field(default=100, ge=0, description="Optimizer updates.")
+    prompts_per_step: int = Field(default=8, ge=1, description="Prompts per update, over all micro-batches.")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of data order, sampling and initialisation.")
+    run_dir: Local | None = Field(
+        default=None, description="Folder of the run; null takes the next free runs/<name>-NNN."
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; null leaves torch's choice.")

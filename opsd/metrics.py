@@ -31,8 +31,9 @@ class Sums:
 def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
-    Per token: divergence, entropies (nats). Per response: accuracy, format, truncated, response_length (tokens), and
-    leak_rate, the share that speaks of what only the teacher sees.
+    Per token: divergence, entropies (nats), and clipped, the share to which the ratio's clip leaves no gradient. Per
+    response: accuracy, format, truncated, response_length (tokens), and leak_rate, the share that speaks of what only
+    the teacher sees.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. Beside the
     rollout, whose texts are read on the host, this is where the host waits for the device.
@@ -49,10 +50,14 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
     for name in ("grad_norm", "lr"):
         record[name] = values.pop(name)
-    per_token = ("divergence", "student_entropy", "teacher_entropy")
+    per_token = ("divergence", "student_entropy", "teacher_entropy", "clipped")
     record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
     steps = step - run.logged
-    record |= {f"{p}_tokens_per_second": steps * tokens / seconds[p] for p in _PHASES[run.config.objective.kind]}
+    objective = run.config.objective
+    passes = {"student": objective.updates_per_rollout}
+    record |= {
+        f"{p}_tokens_per_second": passes.get(p, 1) * steps * tokens / seconds[p] for p in _PHASES[objective.kind]
+    }
     record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
     if run.teacher_cache is not None:
         record |= run.teacher_cache.metrics()

@@ -51,6 +51,12 @@ class Responses:
         """(N,) the real tokens, response by response."""
         return self.tokens.flatten().index_select(0, self.packed_index)
 
+    @property
+    def packed_logprobs(self) -> Tensor:
+        """(N,) fp32: what the real tokens had when they were drawn; of sampled responses only."""
+        assert self.logprobs is not None
+        return self.logprobs.flatten().index_select(0, self.packed_index)
+
     @cached_property
     def token_weights(self) -> Tensor:
         """(N,) fp32: 1/T_i, so that the weighted sum is the sum over responses of their means."""

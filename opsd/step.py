@@ -15,7 +15,7 @@ from opsd.leaks import answer_leaks
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
-from opsd.objectives.reward import reward_loss
+from opsd.objectives.reward import clipped_loss, reward_loss
 from opsd.objectives.sft import sft_loss
 from opsd.responses import Responses
 from opsd.rewards import accuracy, well_formed
@@ -53,16 +53,24 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, s
     with run.model.mode(train=True):
         hidden = response_hidden(run.model, group.prompts, responses, run.config.engine.share_prefix)
     head = run.model.head
+
+    def logprobs() -> Tensor:
+        return token_logprobs(hidden, head, responses.packed_tokens, objective.workspace_mib)
+
     if objective.kind == "distill":
         assert target is not None
         loss, token_sums = distill_loss(hidden, head, *target, weights, objective)
         sums.add(**token_sums)
         if objective.alpha > 0:  # a branch: alpha = 0 is pure distillation to the bit
-            loss = loss + objective.alpha * _reward_term(run, group, hidden, weights)
+            assert group.advantages is not None
+            loss = loss + objective.alpha * reward_loss(logprobs(), group.advantages, responses.lengths, weights)
     elif objective.kind == "reward":
-        loss = _reward_term(run, group, hidden, weights)
+        assert group.advantages is not None
+        old, clip = responses.packed_logprobs, objective.ratio_clip
+        loss, clipped = clipped_loss(logprobs(), old, group.advantages, responses.lengths, weights, clip)
+        sums.add(clipped=clipped)
     else:
-        loss = sft_loss(token_logprobs(hidden, head, responses.packed_tokens, objective.workspace_mib), weights)
+        loss = sft_loss(logprobs(), weights)
     sums.add(loss=loss.detach(), tokens=sum(responses.lengths), responses=len(responses.lengths))
     return loss
 
@@ -77,13 +85,6 @@ def _gold(run: Run, examples: list[Example], step: int) -> Group:
         tokens.append([*answer, run.model.end_ids[0]])
     responses = Responses.pack(tokens, 1, run.model.pad_id, run.model.device)
     return Group(examples, prompts, None, responses, [str(example.answer) for example in examples], scores={})
-
-
-def _reward_term(run: Run, group: Group, hidden: Tensor, weights: Tensor) -> Tensor:
-    assert group.advantages is not None
-    tokens, mib = group.responses.packed_tokens, run.config.objective.workspace_mib
-    logprobs = token_logprobs(hidden, run.model.head, tokens, mib)
-    return reward_loss(logprobs, group.advantages, group.responses.lengths, weights)
 
 
 def _scores(run: Run, examples: list[Example], responses: Responses, texts: list[str]) -> dict[str, float]:

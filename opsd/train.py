@@ -33,18 +33,19 @@ def train(config: Config, resume: bool = False) -> Run:
             measure(run, step=0)
         for step in range(run.start, config.train.steps):
             torch.manual_seed(run.seed(step, 0, "dropout"))
-            sums = Sums()
             with run.clock.phase("rollout"):
                 group = sample(run, run.rows(step), step)
-            for part in micro_batches(config, group):
-                with run.clock.phase("teacher"):
-                    target = teach(run, part)
+            for _ in range(config.objective.updates_per_rollout):
+                sums = Sums()  # the last update's are logged
+                for part in micro_batches(config, group):
+                    with run.clock.phase("teacher"):
+                        target = teach(run, part)
+                    with run.clock.phase("student"):
+                        loss = learn(run, part, target, sums)
+                        loss.backward()
                 with run.clock.phase("student"):
-                    loss = learn(run, part, target, sums)
-                    loss.backward()
-            with run.clock.phase("student"):
-                sums.add(**run.optimizer.step(step))
-                run.teacher.update()
+                    sums.add(**run.optimizer.step(step))
+                    run.teacher.update()
 
             log_step(run, step + 1, sums, group)
             if due(step + 1, config.evaluate.every, config.train.steps):

@@ -210,6 +210,10 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
             "run.yaml:4: field 'objective.teacher_view_fraction': expected 0 for objective.kind distill; found 0.5",
         ),
         (
+            "objective:\n  updates_per_rollout: 2\n",
+            "run.yaml:4: field 'objective.updates_per_rollout': expected 1 for objective.kind distill; found 2",
+        ),
+        (
             "engine:\n  token_budget: 0\n",
             "run.yaml:4: field 'engine.token_budget': expected a value >= 1; found 0",
         ),

@@ -141,14 +141,58 @@ def test_reward_alone_uses_normalised_advantages(tmp_path):
     with open_run(text_job(tmp_path, "objective.kind=reward")) as run:
         texts = lambda g: [t for e in g.examples for t in (good.format(e.label), "", "")]  # noqa: E731
         group, loss, grads = reward_step(run, texts)
-        with torch.no_grad():
-            hidden = response_hidden(run.model, group.prompts, group.responses)
-            logprobs = token_logprobs(hidden, run.model.head, group.responses.packed_tokens)
+        hidden = response_hidden(run.model, group.prompts, group.responses)
+        logprobs = token_logprobs(hidden, run.model.head, group.responses.packed_tokens)
         means = torch.stack([part.mean() for part in logprobs.split(group.responses.lengths)])
-    # rewards 2, 0, 0: mean 2/3, deviation sqrt(8)/3
-    advantages = torch.tensor([2**0.5, -(0.5**0.5), -(0.5**0.5)]).repeat(2)
-    assert loss == pytest.approx(-(advantages * means).sum().item() / 12, rel=1e-3)
-    assert max(grad.abs().max().item() for grad in grads.values()) > 0
+        # rewards 2, 0, 0: mean 2/3, deviation sqrt(8)/3
+        advantages = torch.tensor([2**0.5, -(0.5**0.5), -(0.5**0.5)]).repeat(2)
+        run.model.module.zero_grad()
+        (-(advantages * means).sum() / 12).backward()  # the ratio is 1: the plain policy gradient
+        want = {name: p.grad for name, p in run.model.trainable().items()}
+    assert loss == pytest.approx(0.0, abs=1e-4), "the advantages of a prompt sum to 0"
+    assert max(grad.abs().max().item() for grad in want.values()) > 0.01
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-3, atol=1e-5)
+
+
+def test_later_updates_on_a_rollout_have_the_clipped_ratio_to_the_policy_that_drew_it(tmp_path, monkeypatch):
+    """Loss and clipped share of the second update: from plain forwards of the start and of the once updated model."""
+    good = "<think> low </think> <answer> {} </answer>"
+    monkeypatch.setattr("opsd.step.decode", lambda _, responses: [good.format("sad"), "", ""] * 4)
+    words = ["objective.kind=reward", "train.steps=1", "optim.lr=3e-2", "checkpoint.every=0", "rewards.accuracy=0"]
+    runs = {
+        n: train(text_job(tmp_path, *words, f"objective.updates_per_rollout={n}", words_of(tmp_path, str(n))))
+        for n in (1, 2)
+    }
+    with open_run(text_job(tmp_path, *words)) as run:
+        group = sample(run, run.rows(0), 0)
+        old = plain_logprobs(run.model.module, group)
+    updated = type(run.model.module).from_pretrained(runs[1].directory.checkpoints / "last")
+    ratio = (plain_logprobs(updated, group) - old).exp()
+    advantages = torch.tensor([2**0.5, -(0.5**0.5), -(0.5**0.5)]).repeat(4).double()
+    per_token = advantages.repeat_interleave(torch.tensor(group.responses.lengths))
+    kept = torch.minimum(ratio * per_token, ratio.clamp(0.8, 1.2) * per_token)
+    first, second = (runs[n].directory.read("metrics")[-1] for n in (1, 2))
+    want = -sum(part.mean().item() for part in kept.split(group.responses.lengths)) / 12
+    assert second["loss"] == pytest.approx(want, rel=1e-3) and abs(want) > 0.05
+    clipped = ((ratio > 1.2) & (per_token > 0)) | ((ratio < 0.8) & (per_token < 0))
+    assert (
+        first["clipped"] == 0 and second["clipped"] == pytest.approx(clipped.double().mean().item()) and clipped.any()
+    )
+    assert not torch.equal(*(run.model.head for run in runs.values()))
+
+
+def plain_logprobs(module, group):
+    """(N,) fp64 log-probabilities of the responses' tokens, each in a row of its own."""
+    parts = []
+    for tokens, length, owner in zip(
+        group.responses.tokens, group.responses.lengths, group.responses.owners, strict=True
+    ):
+        prompt = group.prompts[owner].inputs["input_ids"][0]
+        with torch.no_grad():
+            logits = module(input_ids=torch.cat([prompt, tokens[:length]])[None]).logits[0, len(prompt) - 1 : -1]
+        parts.append(logits.double().log_softmax(-1)[torch.arange(length), tokens[:length]])
+    return torch.cat(parts)
 
 
 def test_only_the_students_pass_has_dropout(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from opsd.group import micro_batches, with_advantages
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
-from opsd.objectives.reward import group_normalised, reward_loss
+from opsd.objectives.reward import clipped_loss, group_normalised, reward_loss
 from opsd.objectives.sft import sft_loss
 from opsd.run import open_run
 from opsd.sections import ObjectiveConfig
@@ -162,6 +162,81 @@ def test_alpha_zero_is_pure_distillation_and_alpha_adds_the_raw_reward_term(open
         term = reward_loss(logprobs, rewards, group.responses.lengths, weights).item()
     assert losses[0.2] - losses[0.0] == pytest.approx(0.2 * term, rel=1e-4)
     assert abs(term) > 1e-3
+
+
+def test_alpha_zero_never_looks_at_a_reward(opened, monkeypatch):
+    """Loss and gradient of alpha = 0 are those of the distillation loss alone, bit for bit, NaN rewards or not."""
+
+    def refuse(*args):
+        raise AssertionError("alpha = 0 has no reward term")
+
+    for name in ("opsd.group.reward", "opsd.step.reward_loss", "opsd.step.token_logprobs"):
+        monkeypatch.setattr(name, refuse)
+    with opened("rewards.accuracy=3", "rewards.format=7") as run:
+        [group] = [with_advantages(run.config, sample(run, run.rows(0)[:2], 0))]
+        group = replace(group, advantages=torch.full((6,), torch.nan))
+        target = teach(run, group)
+        loss = learn(run, group, target, Sums())
+        grads = gradients(run, loss)
+        hidden = response_hidden(run.model, group.prompts, group.responses)
+        weights = group.responses.token_weights / 12
+        alone, _ = distill_loss(hidden, run.model.head, *target, weights, run.config.objective)
+        assert torch.equal(loss, alone) and loss.item() > 0
+        for name, grad in gradients(run, alone).items():
+            assert torch.equal(grads[name], grad), name
+
+
+def test_the_reward_terms_gradient_by_autograd_through_the_model(tmp_path):
+    """grad L = grad L_distill - alpha * mean over responses of R grad (1/T) log pi(y), from a plain forward."""
+    grads = {}
+    for alpha in (0.0, 0.7):
+        with open_run(text_job(tmp_path, f"objective.alpha={alpha}", f"train.run_dir={tmp_path / str(alpha)}")) as run:
+            group = sample(run, run.rows(0)[:2], 0)
+            texts = [text for e in group.examples for text in (f"<answer>{e.label}</answer>", "", "<think>")]
+            group = with_advantages(run.config, replace(group, texts=texts))
+            grads[alpha] = gradients(run, learn(run, group, teach(run, group), Sums()))
+    total = 0.0
+    for i in (0, 3):  # the responses whose reward is 1, among rewards of 0
+        length, prompt = group.responses.lengths[i], group.prompts[i // 3].inputs["input_ids"][0]
+        tokens = group.responses.tokens[i, :length]
+        logits = run.model.module(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        total = total - logits.log_softmax(-1)[torch.arange(length), tokens].mean() / 12
+    for name, grad in gradients(run, 0.7 * total).items():
+        torch.testing.assert_close(grads[0.7][name] - grads[0.0][name], grad, rtol=1e-3, atol=2e-6)
+        assert grad.abs().max() > 1e-5 or "layernorm" in name
+
+
+RATIOS = [  # ratio, advantage -> loss and its gradient by log pi of a single token, clip 0.2
+    (1.0, 1.0, -1.0, -1.0),
+    (1.0, -2.0, 2.0, 2.0),
+    (1.1, 1.0, -1.1, -1.1),
+    (1.5, 1.0, -1.2, 0.0),  # clipped
+    (1.5, -1.0, 1.5, 1.5),
+    (0.5, 1.0, -0.5, -0.5),
+    (0.5, -1.0, 0.8, 0.0),  # clipped
+    (1.5, 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", RATIOS)
+def test_the_clipped_ratio(ratio, advantage, loss, slope):
+    old = torch.tensor([-1.3])
+    logprob = (old + torch.tensor(ratio).log()).requires_grad_()
+    got, clipped = clipped_loss(logprob, old, torch.tensor([advantage]), [1], torch.ones(1), 0.2)
+    got.backward()
+    assert (got.item(), logprob.grad.item()) == pytest.approx((loss, slope), abs=1e-6)
+    assert clipped.item() == (advantage != 0 and slope == 0)
+
+
+def test_a_fresh_rollout_has_the_plain_policy_gradient():
+    torch.manual_seed(0)
+    logprobs, advantages, lengths = torch.randn(9, requires_grad=True), torch.randn(3), [2, 3, 4]
+    weights = torch.rand(9)
+    loss, clipped = clipped_loss(logprobs, logprobs.detach(), advantages, lengths, weights, 0.2)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    (plain,) = torch.autograd.grad(reward_loss(logprobs, advantages, lengths, weights), logprobs)
+    torch.testing.assert_close(grad, plain)
+    assert clipped.item() == 0
 
 
 def test_reward_gradient_is_minus_reward_times_grad_of_the_mean_logprob():

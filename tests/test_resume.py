@@ -56,6 +56,7 @@ VARIANTS = {
     "lora-dense": ["model.adapter=lora", "model.lora_dropout=0.1"],
     "lora-factors": ["model.adapter=lora", "teacher.lora_average=factors"],
     "sft": ["objective.kind=sft", "objective.teacher_view_fraction=0.5"],
+    "reward": ["objective.kind=reward", "objective.updates_per_rollout=2"],
 }
 
 

@@ -28,6 +28,12 @@ class ObjectiveConfig(Section):
     alpha: Float = Field(
         default=0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
     )
+    ratio_clip: Float = Field(
+        default=0.2, gt=0, lt=1, description="reward: importance ratios count from 1 - this to 1 + this."
+    )
+    updates_per_rollout: int = Field(
+        default=1, ge=1, description="reward: updates on the same responses; the clip works from the second on."
+    )
     workspace_mib: int = Field(default=1200, ge=1, description="Memory for logits of one chunk (MiB).")
     backend: Literal["auto", "triton", "native", "torch"] = Field(
         default="auto", description="Row kernels of the loss."
@@ -40,6 +46,8 @@ class ObjectiveConfig(Section):
             raise refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
         if self.alpha and self.kind != "distill":
             raise refuse("alpha", f"0 for objective.kind {self.kind}", self.alpha)
+        if self.updates_per_rollout > 1 and self.kind != "reward":
+            raise refuse("updates_per_rollout", f"1 for objective.kind {self.kind}", self.updates_per_rollout)
         if self.teacher_view_fraction and self.kind != "sft":
             raise refuse("teacher_view_fraction", f"0 for objective.kind {self.kind}", self.teacher_view_fraction)
         return self

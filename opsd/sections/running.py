@@ -29,7 +29,9 @@ class EvaluateConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(default=100, ge=0, description="Optimizer updates.")
+    steps: int = Field(
+        default=100, ge=0, description="Batches of prompts; an update each, or objective.updates_per_rollout."
+    )
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts per update, over all micro-batches.")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of data order, sampling and initialisation.")
     run_dir: Local | None = Field(

@@ -47,13 +47,15 @@ def measure(run: Any, step: int) -> None:
     config = run.config.evaluate
     for split, rows in run.held_out.items():
         rows = labelled(rows)[: config.limit]
+        own = run.world.share(rows)
         views: dict[str, tuple[Any, AbstractContextManager[None]]] = {"student": (run.prompts.student, nullcontext())}
         if config.teacher and can_teach(rows, run.config.prompts):
             views["teacher"] = (run.prompts.teacher, run.teacher.weights())
         for view, (build, weights) in views.items():
             with weights:
-                texts = answer(run.model, [build(r) for r in rows], config.batch_size, run.config.rollout)
-            result = wilson(sum(int(accuracy(t, r.label)) for t, r in zip(texts, rows, strict=True)), len(rows))
+                texts = answer(run.model, [build(r) for r in own], config.batch_size, run.config.rollout)
+            right = sum(accuracy(t, r.label) for t, r in zip(texts, own, strict=True))
+            result = wilson(int(run.world.sum({"right": right})["right"]), len(rows))
             sees = run.config.prompts.privilege if view == "teacher" else "none"
             record = {"step": step, "split": split, "view": view, "privilege": sees, **asdict(result)}
             run.directory.append("evaluations", record)

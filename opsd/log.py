@@ -31,11 +31,14 @@ class RunDir:
 
     FILES = ("metrics", "evaluations", "samples")
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        """writes: False for a process that leaves the writing to another."""
+        self.path, self.writes = path, writes
         self.checkpoints = path / "checkpoints"
 
     def append(self, name: str, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         file = self.path / f"{name}.jsonl"
         with writing(file), file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -36,7 +36,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     the teacher sees.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. Beside the
-    rollout, whose texts are read on the host, this is where the host waits for the device.
+    rollout, whose texts are read on the host, this is where the host waits for the device. With several processes all
+    of it is of all of them, but for what a cache did and the samples, which are the first one's.
     """
     counts = run.model.tokens.take()
     config = run.config.log
@@ -44,7 +45,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
         _log_samples(run, step, group)
     if step % config.every and step != run.config.train.steps:
         return
-    values, seconds = sums.read() | group.scores, run.clock.read()
+    values, seconds = _of_all(run, sums.read() | group.scores), run.clock.read()
+    counts = run.world.sum(counts)
     _check_finite(values, step)
     tokens, responses = values.pop("tokens"), values.pop("responses")
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
@@ -64,10 +66,19 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     features = run.model.towers.metrics()
     if any(features.values()):  # some tower is frozen
         record |= {f"feature_cache_{name}": float(value) for name, value in features.items()}
-    record |= {"seconds": sum(seconds.values()) / steps, "peak_memory_mib": peak_memory_mib(run.model.device)}
+    record |= {
+        "seconds": sum(seconds.values()) / steps,
+        "peak_memory_mib": run.world.largest(peak_memory_mib(run.model.device)),
+    }
     run.logged = step
     run.directory.append("metrics", record)
     run.progress.step(record)
+
+
+def _of_all(run: Run, values: dict[str, float]) -> dict[str, float]:
+    """Sums over the processes of everything but what the update itself found, which all of them know."""
+    known = {name: values[name] for name in ("grad_norm", "lr")}
+    return run.world.sum({name: value for name, value in values.items() if name not in known}) | known
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from opsd.config import OptimConfig
 from opsd.model import LanguageModel
+from opsd.world import World
 
 
 class Optimizer:
     """AdamW over the model's trainable parameters, addressed by name so that a checkpoint can name them too."""
 
-    def __init__(self, model: LanguageModel, config: OptimConfig, steps: int):
-        self.config, self.steps = config, steps
+    def __init__(self, model: LanguageModel, config: OptimConfig, steps: int, world: World | None = None):
+        self.config, self.steps, self.world = config, steps, world or World()
         self.parameters = model.trainable()
         self.adamw = torch.optim.AdamW(
             self.parameters.values(),
@@ -26,7 +27,8 @@ class Optimizer:
         )
 
     def step(self, step: int) -> dict[str, Tensor | float]:
-        """Clip the gathered gradients, update, clear them. step counts from 0."""
+        """Add up the processes' gradients, clip, update, clear them. step counts from 0."""
+        self.world.add_gradients(self.parameters.values())
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         rate = self.config.lr * schedule(self.config, step, self.steps)

@@ -27,6 +27,7 @@ from opsd.prompts import PromptBuilder, can_teach, verify
 from opsd.rollout import Rollouts
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 from opsd.teacher_cache import TeacherCache
+from opsd.world import World
 
 # What a resumed run may change: none of it moves a metric that is compared.
 _FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_")
@@ -50,33 +51,42 @@ class Run:
     logged: int  # the step of the last line in metrics.jsonl
     clock: Clock
     progress: Progress
+    world: World
 
     def rows(self, step: int) -> list[Example]:
-        """The step's rows."""
+        """This process's rows of the step."""
         rows = order(len(self.train), self.config.train.prompts_per_step, step, self.config.train.seed)
-        return [self.train[row] for row in rows]
+        return [self.train[row] for row in self.world.share(rows)]
 
     def seed(self, step: int, place: int, purpose: str) -> int:
-        """A 56-bit seed that is a function of (run seed, step, place, purpose): resuming needs no RNG state."""
+        """A 56-bit seed that is a function of (run seed, step, place, purpose): resuming needs no RNG state.
+
+        place: of a row among all of the step, whoever works on it.
+        """
         text = f"{self.config.train.seed}/{step}/{place}/{purpose}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 @contextmanager
-def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
+def open_run(config: Config, resume: bool = False, world: World | None = None) -> Iterator[Run]:
     """Open a new run, or go on with the one in `train.run_dir`. Every problem is raised before the first step."""
+    world = world or World()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     new = config.train.run_dir is not None and not config.train.run_dir.exists()
-    directory, last = _open_directory(config, resume)
+    with world.in_turn():
+        _check_world(config, world)
+        directory, last = _open_directory(config, resume, world.main)
     try:
-        run = _build(config, directory, last)
+        run = _build(config, directory, last, world)
     except BaseException:
-        if new and not any(directory.path.iterdir()):  # a run that never began leaves no folder
+        if new and world.main and not any(directory.path.iterdir()):  # a run that never began leaves no folder
             directory.path.rmdir()
         raise
-    dump_config(config, directory.path / "config.yaml")  # again on resume: it may train for longer now
-    directory.rewind(run.start if last is not None else -1)
+    with world.in_turn():
+        if world.main:
+            dump_config(config, directory.path / "config.yaml")  # again on resume: it may train for longer now
+            directory.rewind(run.start if last is not None else -1)
     try:
         yield run
     finally:
@@ -85,7 +95,16 @@ def open_run(config: Config, resume: bool = False) -> Iterator[Run]:
         run.progress.close()
 
 
-def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
+def _check_world(config: Config, world: World) -> None:
+    if config.train.prompts_per_step % world.size:
+        expected = f"a multiple of the {world.size} processes"
+        raise InputError(expected, str(config.train.prompts_per_step), field="train.prompts_per_step")
+    if world.size > 1 and config.model.device not in ("auto", "cpu"):
+        expected = f"auto or cpu with {world.size} processes, each of which has a device"
+        raise InputError(expected, config.model.device, field="model.device")
+
+
+def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: World) -> Run:
     """Rows, model, teacher and optimizer, each checked; a checkpoint's state is put back."""
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
@@ -97,12 +116,12 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
     prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
     if config.prompts.verify:  # what fits stays in the cache
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
-        verify(prompts, train, teacher=privileged)
+        verify(prompts, world.share(train), teacher=privileged)
         for rows in map(labelled, held_out.values()):
-            verify(prompts, rows, teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
+            verify(prompts, world.share(rows), teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
     _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
-    optimizer = Optimizer(model, config.optim, config.train.steps)
+    optimizer = Optimizer(model, config.optim, config.train.steps, world)
     start = 0
     if last is not None:
         checkpoint.restore(last, optimizer, teacher)
@@ -121,14 +140,17 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None) -> Run:
         start=start,
         logged=start,
         clock=Clock(model.device),
-        progress=make_progress(config.log.progress, config.train.steps),
+        progress=make_progress(config.log.progress if world.main else "none", config.train.steps),
+        world=world,
     )
 
 
 def save(run: Run, step: int) -> None:
     """A checkpoint after `step` updates."""
     keep = run.config.checkpoint.keep
-    checkpoint.save(run.directory.checkpoints, step, run.model, run.optimizer, run.teacher, keep)
+    with run.world.in_turn():
+        if run.world.main:
+            checkpoint.save(run.directory.checkpoints, step, run.model, run.optimizer, run.teacher, keep)
 
 
 def next_run_dir(name: str, root: Path = Path("runs")) -> Path:
@@ -141,10 +163,10 @@ def with_run_dir(config: Config, path: Path) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": path})})
 
 
-def _open_directory(config: Config, resume: bool) -> tuple[RunDir, Checkpoint | None]:
+def _open_directory(config: Config, resume: bool, writes: bool) -> tuple[RunDir, Checkpoint | None]:
     path = config.train.run_dir
     assert path is not None, "the command line resolves train.run_dir before a run is opened"
-    directory = RunDir(path)
+    directory = RunDir(path, writes)
     saved = path / "config.yaml"
     if resume:
         if not saved.exists():

@@ -32,7 +32,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Group:
     prompts = [run.prompts.student(example) for example in examples]
     teaches = run.config.objective.kind == "distill"
     views = [run.prompts.teacher(example) for example in examples] if teaches else None
-    seeds = [run.seed(step, place, "rollout") for place in range(len(examples))]
+    seeds = [run.seed(step, place, "rollout") for place in map(run.world.place, range(len(examples)))]
     responses = run.rollouts(prompts, Sampling.of(run.config.rollout), seeds)
     texts = decode(run.model.tokenizer, responses)
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
@@ -78,7 +78,8 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, s
 def _gold(run: Run, examples: list[Example], step: int) -> Group:
     fraction = run.config.objective.teacher_view_fraction
     prompts, tokens = [], []
-    for place, example in enumerate(examples):
+    for item, example in enumerate(examples):
+        place = run.world.place(item)
         privileged = run.seed(step, place, "view") / 2**56 < fraction
         prompts.append(run.prompts.teacher(example) if privileged else run.prompts.student(example))
         answer = run.model.tokenizer(example.answer, add_special_tokens=False)["input_ids"]

@@ -24,15 +24,16 @@ from opsd.metrics import Sums, log_step
 from opsd.report import write_report
 from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
 from opsd.step import learn, sample, teach
+from opsd.world import World, joined
 
 
-def train(config: Config, resume: bool = False) -> Run:
+def train(config: Config, resume: bool = False, world: World | None = None) -> Run:
     """Train, and return the finished run. Everything a step draws is a function of (seed, step)."""
-    with open_run(config, resume) as run:
+    with open_run(config, resume, world) as run:
         if run.start == 0:
             measure(run, step=0)
         for step in range(run.start, config.train.steps):
-            torch.manual_seed(run.seed(step, 0, "dropout"))
+            torch.manual_seed(run.seed(step, run.world.rank, "dropout"))
             with run.clock.phase("rollout"):
                 group = sample(run, run.rows(step), step)
             for _ in range(config.objective.updates_per_rollout):
@@ -61,21 +62,32 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    with joined() as world:
+        with world.in_turn():
+            config = _config(args)
+        if config.train.run_dir is None:
+            config = with_run_dir(config, Path(world.told(str(next_run_dir(_name(args))))))
+        finished = train(config, args.resume is not None, world)
+        if world.main:
+            write_report(finished.directory)
+
+
+def _config(args: argparse.Namespace) -> Config:
     file, words = split_words(args.words)
     words += ABLATIONS[args.ablation] if args.ablation else []
     if args.resume is not None:
-        config = _resumed(args.resume, file, words)
-    elif file is None:
+        return _resumed(args.resume, file, words)
+    if file is None:
         # builds data and a cold-started model where they are not cached
         from opsd.affect.embedded import prepare
 
-        config = prepare(words, train)
-    else:
-        config = load_config(file, words)
-    if config.train.run_dir is None:
-        name = (file.stem if file else "embedded") + (f"-{args.ablation}" if args.ablation else "")
-        config = with_run_dir(config, next_run_dir(name))
-    write_report(train(config, resume=args.resume is not None).directory)
+        return prepare(words, train)
+    return load_config(file, words)
+
+
+def _name(args: argparse.Namespace) -> str:
+    file, _ = split_words(args.words)
+    return (file.stem if file else "embedded") + (f"-{args.ablation}" if args.ablation else "")
 
 
 def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:

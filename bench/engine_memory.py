@@ -53,7 +53,7 @@ def _row(job: Job, shape: Shape, budget: int, shared: bool) -> Row:
 def peak_of(run: Run, shape: Shape) -> int:
     """Bytes of the passes over G given responses to the run's row."""
     example = run.rows(0)[0]
-    answers = responses([shape.response] * shape.group, shape.group, run.model.head.shape[0], run.model.device)
+    answers = responses([shape.response] * shape.group, shape.group, run.model.head.weight.shape[0], run.model.device)
     views = [run.prompts.teacher(example)]
     texts = [""] * shape.group
     group = Group([example], [run.prompts.student(example)], views, answers, texts, {})

@@ -48,7 +48,7 @@ class Steps:
 
 def teacher(model: LanguageModel, shape: Shape) -> Steps:
     """Hidden states of G responses under prompt and rationale, no gradient; the peer is the plain twin."""
-    vocab = model.head.shape[0]
+    vocab = model.head.weight.shape[0]
     prompts = [prompt(shape.prompt + shape.rationale, 0, vocab)]
     answers = responses([shape.response] * shape.group, shape.group, vocab, model.device)
 
@@ -61,7 +61,7 @@ def teacher(model: LanguageModel, shape: Shape) -> Steps:
 
 def second_epoch(model: LanguageModel, shape: Shape) -> Steps:
     """The same when the teacher's cache has the prompt from an earlier epoch."""
-    vocab = model.head.shape[0]
+    vocab = model.head.weight.shape[0]
     prompts = [prompt(shape.prompt + shape.rationale, 0, vocab)]
     answers = responses([shape.response] * shape.group, shape.group, vocab, model.device)
     store = open_store(EngineConfig(), model.device)
@@ -86,11 +86,11 @@ def second_epoch(model: LanguageModel, shape: Shape) -> Steps:
 
 def student(model: LanguageModel, shape: Shape) -> Steps:
     """Forward and backward of the student's pass to the gradient of every weight."""
-    vocab = model.head.shape[0]
+    vocab = model.head.weight.shape[0]
     prompts = [prompt(shape.prompt, 0, vocab)]
     answers = responses([shape.response] * shape.group, shape.group, vocab, model.device)
 
-    direction = torch.randn(shape.tokens, model.head.shape[1], device=model.device)
+    direction = torch.randn(shape.tokens, model.head.weight.shape[1], device=model.device)
 
     def step(shared: bool) -> Tensor:
         model.module.zero_grad()
@@ -110,7 +110,7 @@ def student(model: LanguageModel, shape: Shape) -> Steps:
 
 def sampling(model: LanguageModel, shape: Shape) -> Steps:
     """G greedy responses of T tokens each; the peer is `generate` with the prompt repeated G times."""
-    asked = prompt(shape.prompt, 0, model.head.shape[0])
+    asked = prompt(shape.prompt, 0, model.head.weight.shape[0])
     how = Sampling(shape.group, shape.response, temperature=0.0)
     ids = asked.inputs["input_ids"].to(model.device).repeat(shape.group, 1)
     suppressed = model.suppressed_ids

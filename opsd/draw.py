@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from opsd.few_rows import product
-from opsd.logits import logits_of
+from opsd.logits import finish, logits_of
 from opsd.model import LanguageModel
 from opsd.responses import Responses
 from opsd.sampling import Sampling, choose, uniforms
 from opsd.stopping import StopStrings
 from opsd.transfer import indices, to_device
+from opsd_kernels import Head
 
 
 class Draw:
@@ -26,7 +27,7 @@ class Draw:
         self.checked = [0] * responses  # tokens of each in which no stop string was found
         self.end = to_device(torch.tensor(model.end_ids), device)
         self.suppressed = indices(model.suppressed_ids, device)
-        self._wide: Tensor | None = None
+        self._wide: Head | None = None
         shape = responses + 1, sampling.max_new_tokens
         self.tokens = torch.full(shape, model.pad_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
@@ -57,12 +58,12 @@ class Draw:
         return token, ends | (at + 1 >= self.sampling.max_new_tokens)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.head.detach()
-        if head.device.type != "cpu":
+        head = self.model.head
+        if head.weight.device.type != "cpu":
             return logits_of(hidden, head)
         if self._wide is None:  # once: a Draw on a CPU serves one call, in which the weights stand still
-            self._wide = head.to(hidden.dtype).float()
-        return product(hidden.float(), self._wide)
+            self._wide = head.view().to(hidden.dtype).to(torch.float32)
+        return finish(product(hidden.float(), self._wide.weight), self._wide)
 
     def cut(self, responses: Sequence[int]) -> set[int]:
         """Those of these responses whose text contains a stop string by now, cut after the token that completed it."""

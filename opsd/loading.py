@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError, explained
 from opsd.families import install
-from opsd.integrations.hf import logit_changes
+from opsd.integrations.hf import logit_changes, output_head
 from opsd.liger import use_liger
+from opsd.logits import logits_of
 from opsd.model import LanguageModel
 
 # Checkpoints that speak too are opened as the part that reads and writes text.
@@ -58,6 +59,7 @@ def load_model(
         module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
     model = LanguageModel(module.eval(), processor, files, config, engine or EngineConfig())
     model.check_attention()
+    _check_logits(model)
     model.fused = use_liger(model._base.get_decoder(), config.liger, model.device.type)
     return model
 
@@ -95,11 +97,26 @@ def _check_head(module: Any, path: str) -> None:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         found = f"{name} in {path}, which has none"
         raise InputError("a model with an output head (a causal language model)", found, field="model.path")
-    if getattr(head, "bias", None) is not None:
-        raise InputError("an output head without bias", f"{name}, which has one", field="model.path")
-    if changes := logit_changes(module):  # the loss would see another distribution than the model samples from
-        found = f"{name} with " + ", ".join(f"{key}={value}" for key, value in changes.items())
-        raise InputError("logits that are head(hidden), nothing after it", found, field="model.path")
+    with explained("an output head that the loss can take", field="model.path"):
+        output_head(module)
+
+
+@torch.no_grad()
+def _check_logits(model: LanguageModel) -> None:
+    """The head as it is read must give the model's own logits: the loss would see another distribution otherwise."""
+    head, module = model.head, model.module
+    drawn = torch.randn(1, 1, head.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    states = 100.0 * drawn.to(head.weight)  # so large that a softcap bends the logits
+    hook = module.get_output_embeddings().register_forward_pre_hook(lambda *_: (states,))
+    try:
+        ids = torch.tensor([[model.end_ids[0]]], device=model.device)
+        own = module(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+    if (own - logits_of(states[0], head)).abs().max() > 0.02 * own.abs().max():
+        changes = ", ".join(f"{key}={value}" for key, value in logit_changes(module).items()) or "nothing that tells"
+        found = f"others in {type(model._base).__name__}, whose config says {changes}"
+        raise InputError("logits that follow from the head and the config", found, field="model.path")
 
 
 def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:

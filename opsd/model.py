@@ -17,9 +17,10 @@ from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError
 from opsd.families import check_prompt
 from opsd.features import Towers
-from opsd.integrations.hf import skip_head
+from opsd.integrations.hf import output_head, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
+from opsd_kernels import Head
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ class LanguageModel:
         """Choose the kernel of packed rows now, so that one that cannot work is told before the first pass."""
         decoder = self._base.get_decoder().config
         width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        dtype = torch.bfloat16 if self._mixed else self.head.dtype
+        dtype = torch.bfloat16 if self._mixed else self.head.weight.dtype
         choose_kernel(torch.empty(1, 1, 0, width, dtype=dtype, device=self.device), self.attention)
 
     @property
-    def head(self) -> Tensor:
-        """(V, D) weight of the output embedding."""
-        return self.module.get_output_embeddings().weight
+    def head(self) -> Head:
+        """The output embedding, weight (V, D), and what the family does to its logits."""
+        return output_head(self.module)
 
     @property
     def suppressed_ids(self) -> list[int]:
         """Ids a rollout must never sample: every special id but the end tokens (platform.md)."""
-        size = self.head.shape[0]
+        size = len(self.head.weight)
         known = len(self.tokenizer)
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         padding = range(known, size)  # rows of a padded vocabulary have no token

@@ -216,7 +216,8 @@ def _teacher_cache(config: Config, model: LanguageModel) -> TeacherCache | None:
 def _try_loss(model: LanguageModel, config: Config) -> None:
     """One token through the loss: a missing backend or too small a workspace is told now, not after a rollout."""
     if config.objective.kind == "distill":
-        token = torch.zeros(1, model.head.shape[1], dtype=model.head.dtype, device=model.device, requires_grad=True)
+        weight = model.head.weight
+        token = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=model.device, requires_grad=True)
         with explained("settings that fused_token_kl takes for this model", field="objective"):
             distill_loss(token, model.head, token.detach(), None, torch.ones(1, device=model.device), config.objective)
 

@@ -23,6 +23,7 @@ from opsd.rollout import decode
 from opsd.run import Run
 from opsd.sampling import Sampling
 from opsd.teacher import score
+from opsd_kernels import Head
 
 
 def sample(run: Run, examples: list[Example], step: int) -> Group:
@@ -38,7 +39,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Group:
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
 
 
-def teach(run: Run, group: Group) -> tuple[Tensor, Tensor | None] | None:
+def teach(run: Run, group: Group) -> tuple[Tensor, Head | None] | None:
     """The teacher's hidden states of the same tokens under its own prompts, and its head; None without a teacher."""
     if group.views is None:
         return None
@@ -46,7 +47,7 @@ def teach(run: Run, group: Group) -> tuple[Tensor, Tensor | None] | None:
     return score(run.teacher, run.model, group.views, group.responses, share, run.teacher_cache, again)
 
 
-def learn(run: Run, group: Group, target: tuple[Tensor, Tensor | None] | None, sums: Sums) -> Tensor:
+def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sums: Sums) -> Tensor:
     """The loss of one micro-batch, ready for backward."""
     objective, responses = run.config.objective, group.responses
     weights = responses.token_weights / _responses_per_step(run)

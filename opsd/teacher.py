@@ -23,6 +23,7 @@ from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 from opsd.teacher_cache import TeacherCache
+from opsd_kernels import Head
 
 
 class Teacher(Protocol):
@@ -48,23 +49,23 @@ def score(
     share_prefix: bool = True,
     cache: TeacherCache | None = None,
     again: Sequence[bool] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Head | None]:
     """Teacher hidden states (N, E) of the response tokens under the teacher's prompts, and its head.
 
     again: prompts that another pass of this step will need, for the cache.
 
-    The head is None where it is the student's own tensor: the loss then uses the difference of the hidden states.
+    The head is None where it is the student's own: the loss then uses the difference of the hidden states.
     """
-    student_storage = model.head.data_ptr()
+    own = model.head.view()
     with torch.no_grad(), model.mode(train=False), teacher.weights():
         if cache is not None and share_prefix:
             again = again if again is not None else [False] * len(prompts)
             hidden = cache.hidden(model, teacher.updates, prompts, responses, again)
         else:
             hidden = response_hidden(model, prompts, responses, share_prefix)
-        # Outside the context the parameter points at the student's storage again; this detached view does not.
-        head = model.head.detach()
-    return hidden, None if head.data_ptr() == student_storage else head
+        # Outside the context the parameters point at the student's storage again; this detached view does not.
+        head = model.head.view()
+    return hidden, None if head.equals(own) else head
 
 
 def build_teacher(config: TeacherConfig, model: LanguageModel) -> Teacher:

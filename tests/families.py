@@ -96,12 +96,34 @@ def qwen3() -> tuple[str, Any]:
 
 
 def gemma3() -> tuple[str, Any]:
-    """Windows shorter than a prompt and its response, in two layers of three."""
+    """Windows shorter than a prompt and its response, in two layers of three; a softcap on the logits."""
     from transformers import Gemma3TextConfig
 
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     more = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "layer_types": kinds}
-    return "Gemma3ForCausalLM", Gemma3TextConfig(**text(layers=3, **{**more, "tie_word_embeddings": True}))
+    more |= {"tie_word_embeddings": True, "final_logit_softcapping": 4.0}
+    return "Gemma3ForCausalLM", Gemma3TextConfig(**text(layers=3, **more))
+
+
+def granite() -> tuple[str, Any]:
+    """Logits, embeddings, residuals and attention scores that are scaled."""
+    from transformers import GraniteConfig
+
+    scales = {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7}
+    return "GraniteForCausalLM", GraniteConfig(**text(**scales, attention_multiplier=0.3))
+
+
+def cohere() -> tuple[str, Any]:
+    from transformers import CohereConfig
+
+    return "CohereForCausalLM", CohereConfig(**text(logit_scale=0.3, tie_word_embeddings=True))
+
+
+def phi() -> tuple[str, Any]:
+    """A head with a bias, and rotary positions on half of a head's width."""
+    from transformers import PhiConfig
+
+    return "PhiForCausalLM", PhiConfig(**text(partial_rotary_factor=0.5))
 
 
 def qwen2_5_vl() -> tuple[str, Any]:
@@ -152,6 +174,9 @@ FAMILIES = {
         Family("qwen2_windowed", qwen2_windowed),
         Family("qwen3", qwen3),
         Family("gemma3", gemma3),
+        Family("granite", granite),
+        Family("cohere", cohere),
+        Family("phi", phi),
         Family("qwen2_5_vl", qwen2_5_vl, ("image", "video"), 3),
         Family("qwen3_vl", qwen3_vl, ("image", "video"), 3),
         Family("qwen2_5_omni", qwen2_5_omni, ("image", "audio", "video"), 3),

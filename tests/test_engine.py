@@ -65,7 +65,7 @@ def test_hidden_states_are_those_that_predict_the_response(setting):
     for prompt, tokens, length in zip(prompts, responses.tokens, responses.lengths, strict=True):
         whole = torch.cat([prompt.inputs["input_ids"][0], tokens[:length]])[None]
         logits = model.module(input_ids=whole).logits[0, prompt.length - 1 : prompt.length - 1 + length]
-        torch.testing.assert_close(hidden[row : row + length] @ model.head.T, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden[row : row + length] @ model.head.weight.T, logits, rtol=1e-4, atol=1e-4)
         row += length
 
 

@@ -73,7 +73,7 @@ def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path)
         for group in micro_batches(run.config, sample(run, run.rows(0), 0)):
             prompts = [run.prompts.teacher(example) for example in group.examples]
             log_p, log_q = (
-                (response_hidden(run.model, views, group.responses) @ run.model.head.T).double().log_softmax(-1)
+                (response_hidden(run.model, views, group.responses) @ run.model.head.weight.T).double().log_softmax(-1)
                 for views in (group.prompts, prompts)
             )
             p, q = log_p.exp(), log_q.exp()
@@ -179,7 +179,7 @@ def test_later_updates_on_a_rollout_have_the_clipped_ratio_to_the_policy_that_dr
     assert (
         first["clipped"] == 0 and second["clipped"] == pytest.approx(clipped.double().mean().item()) and clipped.any()
     )
-    assert not torch.equal(*(run.model.head for run in runs.values()))
+    assert not torch.equal(*(run.model.head.weight for run in runs.values()))
 
 
 def plain_logprobs(module, group):

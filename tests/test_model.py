@@ -93,5 +93,5 @@ def test_bfloat16_computes_in_bf16_and_trains_fp32_weights_without_an_adapter(fo
     model.forward(input_ids=torch.tensor([[5, 6, 7]]))
     hook.remove()
     assert seen == [outputs]
-    assert model.head.dtype == weights and decoder.layers[1].mlp.up_proj.weight.dtype == weights
+    assert model.head.weight.dtype == weights and decoder.layers[1].mlp.up_proj.weight.dtype == weights
     assert not torch.is_autocast_enabled("cpu")

@@ -137,7 +137,7 @@ def test_teacher_scores_the_same_tokens_though_its_prompt_is_longer(opened):
             prompt = teacher_prompts[group.responses.owners[i]]
             whole = torch.cat([prompt.inputs["input_ids"][0], group.responses.tokens[i, :length]])[None]
             logits = run.model.module(input_ids=whole).logits[0, prompt.length - 1 : -1]
-            torch.testing.assert_close(hidden[at : at + length] @ run.model.head.T, logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(hidden[at : at + length] @ run.model.head.weight.T, logits, rtol=1e-4, atol=1e-4)
             at += length
 
 

@@ -54,7 +54,7 @@ def test_a_response_depends_on_its_seed_and_not_on_the_batch(setting, options):
 
 def test_special_ids_and_padded_vocabulary_are_never_sampled(setting):
     model, prompts = setting
-    assert set(model.suppressed_ids) == {0, 1, 3, *range(len(model.tokenizer), model.head.shape[0])}
+    assert set(model.suppressed_ids) == {0, 1, 3, *range(len(model.tokenizer), model.head.weight.shape[0])}
     out = rollout(model, prompts, Sampling(16, 8, temperature=5.0), list(range(len(prompts))))
     sampled = out.packed_tokens
     assert not torch.isin(sampled, torch.tensor(model.suppressed_ids)).any()
@@ -76,7 +76,7 @@ def test_token_logprobs_equal_log_softmax_at_any_chunk(setting):
     model, _ = setting
     torch.manual_seed(0)
     hidden, tokens = torch.randn(9, 32, requires_grad=True), torch.randint(0, 20, (9,))
-    dense = (hidden @ model.head.T).log_softmax(-1)[torch.arange(9), tokens]
+    dense = (hidden @ model.head.weight.T).log_softmax(-1)[torch.arange(9), tokens]
     (want,) = torch.autograd.grad(dense.sum(), hidden)
     chunked = token_logprobs(hidden, model.head, tokens, workspace_mib=1)
     (got,) = torch.autograd.grad(chunked.sum(), hidden)

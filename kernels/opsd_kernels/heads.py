@@ -92,6 +92,11 @@ class Head:
             return cls(head)
         raise ValueError(f"expected a head as a tensor or a Head, got {type(head).__name__}")
 
+    def to(self, dtype: torch.dtype) -> Head:
+        """With weight and bias in a dtype, differentiably; themselves where they have it."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
     def view(self) -> Head:
         """Without padding and without a graph; the memory is the same."""
         rows, shard = self.valid_vocab, self.shard

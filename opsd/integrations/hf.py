@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,15 +152,10 @@ def matched(
     """
     device = student_hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    student, teacher = _cast(head, dtype), None if head.equals(teacher_head) else _cast(teacher_head, dtype)
+    student = head.to(dtype or head.weight.dtype)
+    teacher = None if head.equals(teacher_head) else teacher_head.to(dtype or teacher_head.weight.dtype)
     teacher_dtype = (teacher or student).weight.dtype
     return student_hidden.to(student.weight.dtype), student, teacher_hidden.to(teacher_dtype), teacher
-
-
-def _cast(head: Head, dtype: torch.dtype | None) -> Head:
-    dtype = dtype or head.weight.dtype
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return replace(head, weight=head.weight.to(dtype), bias=bias)
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from opsd.config import ObjectiveConfig
-from opsd_kernels import Divergence, TokenStats, fused_token_kl
+from opsd_kernels import Divergence, Head, TokenStats, fused_token_kl
 
 
 def distill_loss(
     student_hidden: Tensor,  # (N, D)
-    student_head: Tensor,  # (V, D)
+    student_head: Head | Tensor,  # weight (V, D)
     teacher_hidden: Tensor,  # (N, E), no gradient
-    teacher_head: Tensor | None,  # (V, E); None where it is the student's own
+    teacher_head: Head | Tensor | None,  # weight (V, E); None where it is the student's own
     token_weights: Tensor,  # (N,) fp32, 1 / (T_i * responses of the step)
     config: ObjectiveConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,9 +36,9 @@ def distill_loss(
 
 def token_divergence(
     student_hidden: Tensor,  # (N, D)
-    student_head: Tensor,  # (V, D)
+    student_head: Head | Tensor,  # weight (V, D)
     teacher_hidden: Tensor,  # (N, E), no gradient
-    teacher_head: Tensor | None,  # (V, E); None where it is the student's own
+    teacher_head: Head | Tensor | None,  # weight (V, E); None where it is the student's own
     config: ObjectiveConfig,
     token_weights: Tensor | None = None,  # (N,) fp32
     tokens: Tensor | None = None,  # (N,) int64, for the log-probabilities of the statistics
@@ -46,9 +46,9 @@ def token_divergence(
     """The config's divergence of every token, weighted, and the by-products of the same pass."""
     return fused_token_kl(
         student_hidden,
-        student_head.to(student_hidden.dtype),
+        Head.of(student_head).to(student_hidden.dtype),
         teacher_hidden,
-        None if teacher_head is None else teacher_head.to(teacher_hidden.dtype),
+        None if teacher_head is None else Head.of(teacher_head).to(teacher_hidden.dtype),
         divergence=Divergence(config.divergence, beta=config.beta, temperature=config.temperature),
         token_weights=token_weights,
         tokens=tokens,

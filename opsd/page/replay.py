@@ -17,6 +17,7 @@ from opsd.checkpoint import Checkpoint, restore_teacher
 from opsd.config import Config
 from opsd.data import Example
 from opsd.engine import response_hidden
+from opsd.logits import logits_of
 from opsd.model import LanguageModel
 from opsd.objectives.distill import token_divergence
 from opsd.page.tokens import name, pieces
@@ -26,6 +27,7 @@ from opsd.rewards import accuracy
 from opsd.rollout import decode, rollout
 from opsd.sampling import Sampling
 from opsd.teacher import LiveTeacher, Teacher, build_teacher, score
+from opsd_kernels import Head
 
 CANDIDATES = 5  # most likely tokens shown of either side
 
@@ -128,7 +130,7 @@ def _answers(model: LanguageModel, teacher: Teacher, config: Config, rows: list[
 def _tokens(
     model: LanguageModel,
     own: Tensor,  # (N, D)
-    other: tuple[Tensor, Tensor | None] | None,  # the teacher's states (N, D) and head; None without a view
+    other: tuple[Tensor, Head | None] | None,  # the teacher's states (N, D) and head; None without a view
     response: Responses,
     config: Config,
 ) -> list[Token]:
@@ -152,16 +154,15 @@ def _tokens(
 def _side(
     model: LanguageModel,
     hidden: Tensor,  # (N, D)
-    head: Tensor,  # (V, D)
+    head: Head,  # weight (V, D)
     ids: Tensor,  # (N,)
     stats: tuple[Any, Tensor, Tensor],  # (N,) each: log-probability, entropy, log-sum-exp
     config: Config,
 ) -> list[Side]:
     logprob, entropy, lse = stats
     objective = config.objective
-    chosen = top_tokens(hidden, head, min(CANDIDATES, head.shape[0]), objective.workspace_mib)
-    logits = torch.einsum("nd,nkd->nk", hidden.float(), head[chosen].float()) / objective.temperature
-    probabilities = (logits - lse[:, None]).exp()
+    logits, chosen = top_tokens(hidden, head, min(CANDIDATES, len(head.weight)), objective.workspace_mib)
+    probabilities = (logits / objective.temperature - lse[:, None]).exp()
     return [
         Side(_finite(math.exp(written)), _finite(nats), _candidates(model, token, likely, shares))
         for written, nats, token, likely, shares in zip(
@@ -172,14 +173,14 @@ def _side(
 
 def top_tokens(
     hidden: Tensor,  # (N, D)
-    head: Tensor,  # (V, D)
+    head: Head,  # weight (V, D)
     count: int,  # K
     workspace_mib: int,
-) -> Tensor:  # (N, K) int64
-    """The most likely tokens, most likely first; the logits of no more rows exist at once than the workspace holds."""
-    rows = max(1, workspace_mib * 2**20 // (4 * head.shape[0]))
-    matrix = head.to(hidden.dtype).mT
-    return torch.cat([(part @ matrix).topk(count).indices for part in hidden.split(rows)])
+) -> tuple[Tensor, Tensor]:  # (N, K) fp32, (N, K) int64
+    """Logits and ids of the most likely tokens, most likely first; no more rows of logits at once than fit."""
+    rows = max(1, workspace_mib * 2**20 // (4 * len(head.weight)))
+    logits, ids = zip(*(logits_of(part, head).topk(count) for part in hidden.split(rows)), strict=True)
+    return torch.cat(logits), torch.cat(ids)
 
 
 def _candidates(model: LanguageModel, written: int, ids: list[int], probabilities: list[float]) -> list[Candidate]:

@@ -1,8 +1,12 @@
-"""Images and audio from files, as processors take them. Nothing is kept: a medium is decoded when used."""
+"""Images, videos and audio from files, as processors take them. Nothing is kept: a medium is decoded when used."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -10,6 +14,25 @@ from av.error import FFmpegError
 from PIL import Image, ImageOps
 
 from opsd.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Some frames of a video, and when each is shown (seconds from the start)."""
+
+    frames: np.ndarray  # (F, height, width, 3) uint8
+    seconds: tuple[float, ...]
+    length: float  # of the whole, seconds
+
+    @property
+    def nbytes(self) -> int:
+        return self.frames.nbytes
+
+    @property
+    def step(self) -> float:
+        """Mean time from a frame to the next (seconds)."""
+        times = self.seconds
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else self.length
 
 
 def load_image(path: Path) -> Image.Image:
@@ -48,6 +71,83 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise InputError("sound that can be decoded", "samples that are not finite", file=path)
     return samples.astype(np.float32, copy=False)
+
+
+def load_video(path: Path, frames: int) -> Video:
+    """What is on the screen in the middle of each of `frames` equal parts of the first video stream, in RGB, upright.
+
+    Fewer frames where the video has fewer. Memory is that of the frames that are kept. Raises `InputError` naming the
+    file when there is no such stream, it does not decode, or it ends before nine tenths of the length it claims.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError("a file with moving pictures", "no video stream", file=path)
+            stream = container.streams.video[0]
+            start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+            claimed = _claimed(stream)
+            whole = container.duration / av.time_base if container.duration else None  # the sound may be longer
+            length = claimed or whole or _end(path) - start
+            wanted = [start + (i + 0.5) * length / frames for i in range(frames)]
+            kept, end = _on_screen(_timed(container, stream), wanted)
+            pictures = [_upright(frame) for _, frame in kept]
+            if not pictures:
+                raise InputError("a video that can be decoded", "no frames", file=path)
+            if claimed is not None and end is not None and end - start < 0.9 * claimed:
+                found = f"{end - start:.2f} s of {claimed:.2f} s"
+                raise InputError("a video that can be decoded to its end", found, file=path)
+            return Video(np.stack(pictures), tuple(time - start for time, _ in kept), length)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise InputError("a video that can be decoded", _reason(error), file=path) from error
+
+
+def _claimed(stream: Any) -> float | None:
+    """How long the stream is according to its own header (seconds): Matroska has a tag for it."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    told = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3]) if told else None
+
+
+def _timed(container: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:
+    """(time, seconds on the screen, frame) of every frame; a raw stream has no times, but a rate."""
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    for i, frame in enumerate(container.decode(stream)):
+        shown = float(frame.duration * frame.time_base) if frame.duration else 1 / rate
+        yield frame.time if frame.pts is not None else i / rate, shown, frame
+
+
+def _end(path: Path) -> float:
+    """When the last frame goes, for a container that does not say: everything is decoded for it."""
+    with av.open(str(path)) as container:
+        return max((time + shown for time, shown, _ in _timed(container, container.streams.video[0])), default=0.0)
+
+
+def _on_screen(
+    timed: Iterator[tuple[float, float, Any]], wanted: list[float]
+) -> tuple[list[tuple[float, Any]], float | None]:
+    """(time, frame) of the frames on the screen at the `wanted` times, each once; and, where the frames ended before
+    these times did, when."""
+    kept: list[tuple[float, Any]] = []
+    left, last, end = list(wanted), None, None
+    for time, shown, frame in timed:
+        if last is not None and left[0] < time:
+            kept.append(last)
+            left = [moment for moment in left if moment >= time]
+            if not left:
+                return kept, None
+        last, end = (time, frame), time + shown
+    return [*kept, last] if last is not None else kept, end
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """(height, width, 3) uint8, turned as the file says."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Counterclockwise, from the angle that phones write beside the pictures."""
+    return round(frame.rotation / 90)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,40 +1,32 @@
-"""Load the processor of a multimodal model, with or without torchvision."""
+"""Load the processor of a multimodal model. No torchvision is needed: images run on Pillow, videos on opsd/video.py."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-log = logging.getLogger(__name__)
+from opsd.video import VideoProcessor, read_video_processor
 
-
-def torchvision_works() -> bool:
-    """True if torchvision imports and has its compiled operators (a CUDA wheel beside a CPU torch does not)."""
-    try:
-        import torchvision.transforms.v2  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        return False
-    return True
+# model_type starts with -> class in transformers; its video processor would want torchvision
+_FAMILIES = {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "qwen2_5_omni": "Qwen2_5OmniProcessor",
+    "qwen3_omni_moe": "Qwen3OmniMoeProcessor",
+}
 
 
 def load_processor(path: str | Path, **kwargs: Any) -> Any:
-    """The transformers processor of a folder or hub id.
+    """The transformers processor of a folder or hub id; the Qwen families' with our video processor in its place."""
+    import transformers
 
-    Qwen2.5-Omni's processor wants a video processor, which wants torchvision. Where torchvision does not work, the same
-    processor is returned without one: text, images and audio are unchanged, a video is a ValueError.
-    """
-    from transformers import AutoConfig, AutoProcessor
-
-    config = AutoConfig.from_pretrained(path, **kwargs)
-    if not config.model_type.startswith("qwen2_5_omni"):
-        return AutoProcessor.from_pretrained(path, **kwargs)
-    if torchvision_works():
-        from transformers import Qwen2_5OmniProcessor
-
-        return Qwen2_5OmniProcessor.from_pretrained(path, **kwargs)
-    log.info("torchvision is missing or broken: the Qwen2.5-Omni processor runs without video files")
-    return _omni_without_video().from_pretrained(path, **kwargs)
+    model_type = transformers.AutoConfig.from_pretrained(path, **kwargs).model_type
+    name = next((name for start, name in _FAMILIES.items() if model_type.startswith(start)), None)
+    if name is None:
+        return transformers.AutoProcessor.from_pretrained(path, **kwargs)
+    # Qwen3-Omni's videos are prepared as Qwen2-VL's
+    videos = read_video_processor(read_processor_files(path), whole_clip=model_type.startswith("qwen3_vl"))
+    return _with_videos(getattr(transformers, name), videos).from_pretrained(path, **kwargs)
 
 
 # Everything a folder holds beside config and weights: tokenizer, chat template, image, audio and video settings.
@@ -55,7 +47,7 @@ _FILES = (
 def read_processor_files(path: str | Path) -> dict[str, bytes]:
     """The processor's files of a folder or hub id, by name. Training does not change them: a checkpoint gets copies.
 
-    (`save_pretrained` would name our class without video, which plain transformers does not know.)
+    (`save_pretrained` would save our video processor, which plain transformers does not know.)
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -65,37 +57,21 @@ def read_processor_files(path: str | Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for pattern in _FILES for file in sorted(folder.glob(pattern))}
 
 
-class _NoVideo:
-    """Stands where the video processor would be; the parent reads two attributes of it even without a video."""
+def _with_videos(base: Any, videos: VideoProcessor) -> Any:
+    """The processor class `base`, which takes `videos` for its video processor and loads the other parts as ever."""
+    from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING as LOADERS
 
-    merge_size = 2
-    model_input_names: ClassVar[list[str]] = []
+    class Processor(base):  # type: ignore[misc, unused-ignore]
+        @classmethod
+        def _get_arguments_from_pretrained(cls, path: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
+            names = cls.get_attributes()
+            return [videos if n == "video_processor" else LOADERS[n].from_pretrained(path, **kwargs) for n in names]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "video input needs a working torchvision: install the build that matches torch, or pass frames as images"
-        )
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is videos else super().check_argument_for_proper_class(argument_name, argument)
 
+        def to_dict(self) -> dict[str, Any]:
+            return {name: value for name, value in super().to_dict().items() if name != "video_processor"}
 
-def _omni_without_video() -> Any:
-    """The class is made here because transformers must not load when this module is imported."""
-    from transformers import Qwen2_5OmniProcessor
-    from transformers.processing_utils import ProcessorMixin
-
-    class OmniProcessorWithoutVideo(Qwen2_5OmniProcessor):
-        """Qwen2_5OmniProcessor minus the video processor: transformers reads the parts from this signature."""
-
-        video_processor = _NoVideo()
-
-        def __init__(
-            self,
-            image_processor: Any = None,
-            feature_extractor: Any = None,
-            tokenizer: Any = None,
-            chat_template: Any = None,
-        ) -> None:
-            ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
-            for name in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
-                setattr(self, f"{name}_token", getattr(self.tokenizer, f"{name}_token"))
-
-    return OmniProcessorWithoutVideo
+    Processor.__name__ = Processor.__qualname__ = base.__name__
+    return Processor

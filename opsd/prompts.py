@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
+from opsd.decoder import Decoder
 from opsd.errors import InputError, explained, raise_all
-from opsd.media import load_audio, load_image
+from opsd.media import Video
+from opsd.video import VideoProcessor
 
 # Processor outputs that have one entry per prompt token; everything else is media, concatenated along dim 0.
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -52,7 +53,7 @@ class PromptBuilder:
         rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
         if rate != media.sampling_rate:
             raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
-        self._decode = lru_cache(maxsize=16)(self._decode_file)  # the teacher's view follows the student's
+        self.decode = Decoder(media)
 
     def student(self, example: Example) -> Prompt:
         """The prompt without privilege."""
@@ -101,26 +102,30 @@ class PromptBuilder:
 
     def _build(self, example: Example, messages: list[dict[str, Any]]) -> Prompt:
         parts = [part for message in messages for part in message["content"]]
-        images = [self._medium(example, "image", part["image"]) for part in parts if part["type"] == "image"]
-        sounds = [self._medium(example, "audio", part["audio"]) for part in parts if part["type"] == "audio"]
+        media = {
+            kind: [self._medium(example, kind, part[kind]) for part in parts if part["type"] == kind]
+            for kind in ("image", "video", "audio")
+        }
         if not self.multimodal:
-            if images or sounds:
+            if any(media.values()):
                 raise example.problem("prompt", "text only, as the model has no processor for media", "media")
             messages = [{"role": m["role"], "content": "".join(p["text"] for p in m["content"])} for m in messages]
+        if media["video"] and not isinstance(getattr(self.processor, "video_processor", None), VideoProcessor):
+            raise example.problem("prompt", "no video, as none reaches a model of this family yet", "video")
         with explained("a chat template that renders the rows' messages", field="model.path"):
             text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        extra: dict[str, Any] = {}
-        if images:
-            extra["images"] = [images]  # nested: one list per text, the form every processor takes
-        if sounds:
-            extra |= {"audio": sounds, "sampling_rate": self.media.sampling_rate}
         # The template has written every special token that belongs there.
         try:
-            out = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
+            out = self.processor(
+                text=[text], return_tensors="pt", add_special_tokens=False, **self._media_arguments(media)
+            )
         except ValueError as error:
             found = str(error).strip().splitlines()[0]
             raise example.problem("prompt", "text and media that the model's processor takes", found) from error
         inputs = {name: torch.as_tensor(value) for name, value in out.items()}
+        if "video_second_per_grid" in inputs:  # Omni's processors think of one rate for all videos
+            steps = [self.processor.video_processor.temporal_patch_size * video.step for video in media["video"]]
+            inputs["video_second_per_grid"] = torch.tensor(steps)
         prompt = Prompt(_without_silence(inputs) if self.cuts_silence else inputs, text)
         if prompt.length > self.config.max_prompt_tokens:
             raise example.problem(
@@ -131,21 +136,39 @@ class PromptBuilder:
             )
         return prompt
 
+    def _media_arguments(self, media: dict[str, list[Any]]) -> dict[str, Any]:
+        """Decoded media as every processor takes them."""
+        arguments: dict[str, Any] = {}
+        if media["image"]:
+            arguments["images"] = [media["image"]]  # nested: one list per text
+        if media["video"]:
+            arguments["videos"] = [video.frames for video in media["video"]]
+            limits = self.media.min_pixels, self.media.max_pixels
+            described = [_metadata(video) for video in media["video"]]
+            arguments["videos_kwargs"] = {"video_metadata": described, "frame_pixels": limits}
+        if media["audio"]:
+            arguments |= {"audio": media["audio"], "sampling_rate": self.media.sampling_rate}
+        return arguments
+
     def _medium(self, example: Example, kind: str, path: Path) -> Any:
         """A decoded medium; a problem with it points at the field of the row that names it."""
         try:
-            medium = self._decode(kind, path)
+            medium = self.decode(kind, path)
             longest = getattr(self.extractor, "n_samples", None)
             if kind == "audio" and longest is not None and len(medium) > longest:  # the extractor would cut it
                 rate = self.media.sampling_rate
                 raise InputError(f"at most {longest / rate:g} s of audio", f"{len(medium) / rate:.1f} s")
         except InputError as error:
-            field = next(field for field, _, used in example.media() if used == path)
+            field = next(field for field, *used in example.media() if used == [kind, path])
             raise example.problem(field, error.expected, f"{error.found} in {path}") from error
         return medium
 
-    def _decode_file(self, kind: str, path: Path) -> Any:
-        return load_image(path) if kind == "image" else load_audio(path, self.media.sampling_rate)
+
+def _metadata(video: Video) -> Any:
+    """What the VL processors take time from, told in seconds: a rate of one frame a second makes times of indices."""
+    from transformers.video_utils import VideoMetadata
+
+    return VideoMetadata(total_num_frames=len(video.frames) * video.step, fps=1.0, frames_indices=list(video.seconds))
 
 
 def _without_silence(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

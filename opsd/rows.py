@@ -2,8 +2,9 @@
 
 A row has `id`, `prompt` (text, or chat messages whose content is text or parts), `rationale` (also called
 `privileged_context`), and optionally `label`, `answer`, `subtitle`, `teacher_images`. A part is
-`{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}` or `{"type": "audio", "audio": PATH}`.
-Relative paths are relative to the folder of the JSONL file.
+`{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH}` (its frames)
+or `{"type": "audio", "audio": PATH}`, which may be the same video file: its sound. Relative paths are relative to the
+folder of the JSONL file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from opsd.config import DataConfig, at_home
 from opsd.errors import InputError, did_you_mean
 
 FIELDS = ("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_images")
-PART_TYPES = ("text", "image", "audio")
+PART_TYPES = ("text", "image", "video", "audio")
 ROLES = ("system", "user", "assistant")
 
 
@@ -43,7 +44,7 @@ class Example:
         return InputError(expected, found, file=self.file, line=self.line, field=field, hint=hint)
 
     def media(self) -> Iterator[tuple[str, str, Path]]:
-        """(field, kind, path) of every medium, kind being "image" or "audio"."""
+        """(field, kind, path) of every medium, kind being "image", "video" or "audio"."""
         for i, message in enumerate(self.messages):
             for j, part in enumerate(message["content"]):
                 if part["type"] != "text":
@@ -205,8 +206,7 @@ class RowParser:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in PART_TYPES:
             found = f"type {kind!r}" if isinstance(part, dict) else _kind(part)
-            hint = "give its frames as images and its sound as audio" if kind == "video" else None
-            self.refuse(field, f"a part whose type is one of {', '.join(PART_TYPES)}", found, hint)
+            self.refuse(field, f"a part whose type is one of {', '.join(PART_TYPES)}", found)
         elif set(part) != {"type", kind}:
             self.refuse(field, f"the keys type and {kind}", f"keys {', '.join(map(str, part))}")
         elif kind == "text":

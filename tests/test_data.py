@@ -56,18 +56,22 @@ def test_a_text_prompt_becomes_one_user_message(tmp_path: Path) -> None:
 
 
 def test_media_are_relative_to_the_file_and_listed_in_order(tmp_path: Path) -> None:
-    for name in ("face.png", "voice.wav", "late.png"):
+    for name in ("face.png", "voice.wav", "late.png", "clip.mp4"):
         (tmp_path / name).touch()
     row = chat(
         {"type": "image", "image": "face.png"},
         {"type": "text", "text": "?"},
         {"type": "audio", "audio": "./voice.wav"},
+        {"type": "video", "video": "clip.mp4"},
+        {"type": "audio", "audio": "clip.mp4"},
     )
     row["prompt"].insert(0, {"role": "system", "content": "Be brief."})
     (example,) = read_examples(write(tmp_path, row | {"teacher_images": ["late.png"]}), LABELS)
     assert list(example.media()) == [
         ("prompt[1].content[0].image", "image", tmp_path / "face.png"),
         ("prompt[1].content[2].audio", "audio", tmp_path / "voice.wav"),
+        ("prompt[1].content[3].video", "video", tmp_path / "clip.mp4"),
+        ("prompt[1].content[4].audio", "audio", tmp_path / "clip.mp4"),
         ("teacher_images[0]", "image", tmp_path / "late.png"),
     ]
     assert example.messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
@@ -155,13 +159,9 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
             ": field 'prompt': expected chat messages that end with the user's; found 'assistant' last",
         ),
         (
-            chat({"type": "video", "video": "a.mp4"}),
-            ": field 'prompt[0].content[0]': expected a part whose type is one of text, image, "
-            "audio; found type 'video' (give its frames as images and its sound as audio)",
-        ),
-        (
             chat("?"),
-            ": field 'prompt[0].content[0]': expected a part whose type is one of text, image, audio; found text",
+            ": field 'prompt[0].content[0]': expected a part whose type is one of text, image, video, "
+            "audio; found text",
         ),
         (
             chat({"type": "image", "path": "a.png"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from opsd.errors import InputError
-from opsd.media import load_audio, load_image
+from opsd.media import load_audio, load_image, load_video
 from tests.files import tone, write_wav
+from tests.videos import pictures, write_video
 
 RATE = 16000
 
@@ -68,3 +70,69 @@ def test_audio_files_without_sound(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match=r"b\.png: expected a file with sound; found no audio stream"):
         load_audio(tmp_path / "b.png", RATE)
+
+
+def test_a_video_is_what_is_on_the_screen_in_the_middle_of_equal_parts(tmp_path: Path) -> None:
+    frames = pictures(20)
+    path = write_video(tmp_path / "a.avi", frames, rate=10, sound=tone(RATE, 300, 2.0))
+    video = load_video(path, 4)  # the middles are at 0.25, 0.75, 1.25, 1.75 s
+    assert (video.frames.dtype, video.length) == (np.uint8, 2.0)
+    assert video.seconds == pytest.approx((0.2, 0.7, 1.2, 1.7)) and video.step == pytest.approx(0.5)
+    np.testing.assert_array_equal(video.frames, frames[[2, 7, 12, 17]])
+    np.testing.assert_allclose(load_audio(path, RATE), tone(RATE, 300, 2.0), atol=1e-4)  # its own track
+    one = load_video(path, 1)
+    np.testing.assert_array_equal(one.frames, frames[[10]])
+    assert one.step == 2.0
+
+
+def test_a_short_video_gives_the_frames_it_has_once(tmp_path: Path) -> None:
+    frames = pictures(3)
+    video = load_video(write_video(tmp_path / "a.avi", frames), 16)
+    np.testing.assert_array_equal(video.frames, frames)
+    assert video.seconds == pytest.approx((0.0, 0.1, 0.2))
+    slides = write_video(tmp_path / "b.mkv", frames, times=[0, 30, 34])  # the first stays for three seconds
+    assert load_video(slides, 4).seconds == pytest.approx((0.0, 3.0), abs=1e-3)
+    assert load_video(slides, 16).seconds == pytest.approx((0.0, 3.0), abs=1e-3)  # mkv says 3.4 s
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.mov", "mpeg4"), ("a.h264", "libx264")]
+)
+def test_containers_and_codecs(tmp_path: Path, name: str, codec: str) -> None:
+    """Frames that are coded out of order come in order; a stream without times or length is timed by its rate."""
+    frames = pictures(20)
+    video = load_video(write_video(tmp_path / name, frames, rate=25, codec=codec), 4)
+    assert video.seconds == pytest.approx((0.08, 0.28, 0.48, 0.68), abs=0.05)
+    levels = video.frames.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(levels, frames[[2, 7, 12, 17]].mean(axis=(1, 2, 3)), atol=6)
+
+
+def test_videos_are_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.avi", pictures(2))
+    lying = load_video(path, 1).frames[0]
+    monkeypatch.setattr("opsd.media._quarter_turns", lambda frame: 1)
+    np.testing.assert_array_equal(load_video(path, 1).frames[0], np.rot90(lying))
+
+
+def test_bad_videos(tmp_path: Path) -> None:
+    def refusal(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            load_video(path, 4)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    whole = write_video(tmp_path / "a.mkv", pictures(40), codec="mpeg4", sound=tone(RATE, 300, 5.0)).read_bytes()
+    assert load_video(tmp_path / "a.mkv", 4).length == 4.0  # the sound is longer
+    half = tmp_path / "half.mkv"
+    half.write_bytes(whole[: len(whole) // 2])
+    found = r"half\.mkv: expected a video that can be decoded to its end; found [0-2]\.\d\d s of 4\.00 s"
+    assert re.fullmatch(found, refusal(half))
+    (tmp_path / "none.mp4").write_bytes(b"not a video" * 100)
+    assert refusal(tmp_path / "none.mp4").startswith(
+        "none.mp4: expected a video that can be decoded; found Invalid data"
+    )
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert refusal(tmp_path / "empty.mp4").startswith(
+        "empty.mp4: expected a video that can be decoded; found Invalid data"
+    )
+    spoken = write_wav(tmp_path / "b.wav", tone(RATE, 440))
+    assert refusal(spoken) == "b.wav: expected a file with moving pictures; found no video stream"

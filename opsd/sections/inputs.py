@@ -69,3 +69,19 @@ class PromptsConfig(Section):
 
 class MediaConfig(Section):
     sampling_rate: int = Field(default=16000, ge=1, description="Audio is resampled to this rate (Hz).")
+    frames: int = Field(default=8, ge=1, le=16, description="Frames of a video, from the middles of equal parts of it.")
+    min_pixels: int | None = Field(
+        default=None, ge=1, description="Smaller frames of a video are enlarged; null: the model's processor decides."
+    )
+    max_pixels: int | None = Field(
+        default=None, ge=1, description="Larger frames of a video are reduced; null: the model's processor decides."
+    )
+    decoded_mib: int = Field(
+        default=256, ge=0, description="Host memory for decoded media that the next prompt may need again (MiB)."
+    )
+
+    @model_validator(mode="after")
+    def _pixels(self) -> MediaConfig:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise refuse("max_pixels", f"at least media.min_pixels, {self.min_pixels}", self.max_pixels)
+        return self

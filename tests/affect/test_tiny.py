@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from opsd import processing
 from opsd.affect.clips import TEST, write_split
 from opsd.affect.embedded import vocabulary
 from opsd.affect.tiny import MEDIA_TOKENS, START, TAGS, TinySize, build, build_model
 from opsd.config import load_config
 from opsd.data import Example, read_examples
 from opsd.media import load_audio, load_image
+from opsd.processing import load_processor
 from opsd.prompts import PromptBuilder
 
 SIZE = TinySize(width=32, inner=64, layers=2, heads=2, vision_width=32, audio_width=32)
@@ -35,14 +34,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
     return read_examples(rows, load_config(None, ["model.path=x"]).data)
 
 
-def without_torchvision(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
-    monkeypatch.setattr(processing, "torchvision_works", lambda: False)
-    return processing.load_processor(folder)
-
-
-def test_plain_transformers_reloads_the_same_logits(
-    folder: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_transformers_reloads_the_same_logits(folder: Path, examples: list[Example]) -> None:
     from transformers import (
         AutoTokenizer,
         Qwen2_5OmniThinkerForConditionalGeneration,
@@ -51,7 +43,7 @@ def test_plain_transformers_reloads_the_same_logits(
     )
 
     config = load_config(None, [f"model.path={folder}"])
-    builder = PromptBuilder(without_torchvision(monkeypatch, folder), config.prompts, config.media)
+    builder = PromptBuilder(load_processor(folder), config.prompts, config.media)
     ours = builder.student(examples[0]).inputs
     image, sound = (path for _, _, path in examples[0].media())
     pixels = Qwen2VLImageProcessorPil.from_pretrained(folder)(load_image(image), return_tensors="pt")
@@ -89,8 +81,8 @@ def test_special_tokens_are_special_and_tags_are_words(folder: Path) -> None:
     assert all(getattr(tokenizer, name) == token for name, token in MEDIA_TOKENS.items())
 
 
-def test_no_word_of_the_job_is_unknown(folder: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
-    processor = without_torchvision(monkeypatch, folder)
+def test_no_word_of_the_job_is_unknown(folder: Path, examples: list[Example]) -> None:
+    processor = load_processor(folder)
     tokenizer = processor.tokenizer
     for privilege in ("rationale", "label"):
         config = load_config(None, [f"model.path={folder}", f"prompts.privilege={privilege}"])
@@ -103,12 +95,8 @@ def test_no_word_of_the_job_is_unknown(folder: Path, examples: list[Example], mo
         assert tokenizer.decode(ids, skip_special_tokens=True) == example.answer
 
 
-def test_processor_without_torchvision_refuses_video_only(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO", "opsd.processing"):
-        processor = without_torchvision(monkeypatch, folder)
-    assert [record.name for record in caplog.records] == ["opsd.processing"]
+def test_a_medium_is_as_many_tokens_as_its_size_says(folder: Path) -> None:
+    processor = load_processor(folder)
     sound = np.zeros(12_800, np.float32)
     image = np.zeros((64, 64, 3), np.uint8)
     text = "<|vision_bos|><|IMAGE|><|vision_eos|><|audio_bos|><|AUDIO|><|audio_eos|>"
@@ -117,14 +105,8 @@ def test_processor_without_torchvision_refuses_video_only(
     token = processor.tokenizer.convert_tokens_to_ids
     assert ids.count(token("<|IMAGE|>")) == (48 // 8 // 2) ** 2
     assert ids.count(token("<|AUDIO|>")) == 32 // 4  # 0.8 s of 25 ms frames, four a token
-    with pytest.raises(ValueError, match="torchvision"):
-        processor(text=["<|vision_bos|><|VIDEO|><|vision_eos|>"], videos=[image[None]], return_tensors="pt")
 
 
 def test_folder_has_what_the_full_processor_reads(folder: Path) -> None:
     video = json.loads((folder / "video_preprocessor_config.json").read_text())
     assert video["video_processor_type"] == "Qwen2VLVideoProcessor"
-    if processing.torchvision_works():
-        from transformers import Qwen2_5OmniProcessor
-
-        assert type(processing.load_processor(folder)) is Qwen2_5OmniProcessor

@@ -15,7 +15,7 @@ from typing import Any
 from bench.cases import FULL_CASES, Case, gradient_error
 from bench.measure import interleaved, peak_extra_bytes
 from bench.providers import PROVIDERS, absent, max_error
-from bench.results import environment
+from opsd.environment import environment
 
 TIMED = ("native", "torch.compile", "Liger chunked")
 

@@ -1,7 +1,7 @@
-"""`python -m bench.embedded_job NAME.json`: the embedded job's seeds and ablations, one after the other.
+"""`python -m bench.embedded_job NAME.json`: three seeds of the embedded job, one after the other.
 
-Each line of RUNS is a command of the README. About twenty minutes on one core, the cold starts included; the file is
-written after every run.
+Each line of RUNS is a command of the README; `python -m opsd.ablate` has the comparisons. The file is written after
+every run.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.results import environment
+from opsd.environment import environment
 
 RUNS = {
     "opsd seed 0": "train.seed=0",
     "opsd seed 1": "train.seed=1",
     "opsd seed 2": "train.seed=2",
-    "no-rationale": "--ablation no-rationale",
-    "label-only": "--ablation label-only",
-    "reward": "--ablation reward",
-    "reward, lr 1e-4": "--ablation reward optim.lr=1e-4",
-    "sft": "--ablation sft",
 }
 SPEEDS = ("seconds", "rollout_tokens_per_second", "teacher_tokens_per_second", "student_tokens_per_second")
 

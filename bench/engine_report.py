@@ -24,8 +24,9 @@ from bench import engine_memory, engine_step
 from bench.engine_cases import SMOLLM2, Shape, Size, language_model
 from bench.engine_tasks import OURS, TASKS, Steps, Task
 from bench.measure import interleaved, peak_extra_bytes, summary
-from bench.results import Row, environment
+from bench.results import Row
 from bench.sections import Budget
+from opsd.environment import environment
 from opsd.model import LanguageModel
 
 STEP, STEP_TARGET, STEP_MEMORY = Shape(300, 200, 48, 8), 2.5, 0.5

@@ -18,8 +18,9 @@ import torch
 from bench import engine_report, gpu_checks, sections
 from bench.cases import Case
 from bench.gpu_sections import VOCAB, WIDTHS, N, ceilings, checks, forget, memory, speed, tuning
-from bench.results import Row, environment, write
+from bench.results import Row, write
 from bench.sections import Section
+from opsd.environment import environment
 
 SECONDS = 440.0  # no section begins later or is given more; leaves the rest of the eight minutes for its last step
 FAST = ("floor", "triton", "eager", "TRL", "Liger fused")

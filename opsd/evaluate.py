@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,17 @@ from opsd.answers import answer, finished_run, load_student
 from opsd.cli import guard
 from opsd.data import Example, labelled, read_examples
 from opsd.errors import InputError, writing
+from opsd.intervals import Accuracy, wilson
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder, can_teach, verify
-from opsd.rewards import accuracy, parse_answer
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of right answers with its 95 % Wilson score interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> Accuracy:
-    """p = right / n; (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)   (Wilson, 1927)."""
-    p, shrink = right / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
-    # at p = 0 and p = 1 a bound equals p, but for rounding
-    return Accuracy(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
+from opsd.rewards import accuracy, parse_answer, well_formed
 
 
 def measure(run: Any, step: int) -> None:
-    """Evaluate the student's view, and the teacher's if asked, on the run's held-out rows; append the records."""
+    """Evaluate the student's view, and the teacher's if asked, on the run's held-out rows; append the records.
+
+    evaluations.jsonl has a line per split and view, answers.jsonl what was read off each row.
+    """
     config = run.config.evaluate
     for split, rows in run.held_out.items():
         rows = labelled(rows)[: config.limit]
@@ -54,13 +38,19 @@ def measure(run: Any, step: int) -> None:
         for view, (build, weights) in views.items():
             with weights:
                 texts = answer(run.model, [build(r) for r in own], config.batch_size, run.config.rollout)
-            right = sum(accuracy(t, r.label) for t, r in zip(texts, own, strict=True))
-            result = wilson(int(run.world.sum({"right": right})["right"]), len(rows))
+            read = run.world.gather([_read_off(text, row) for text, row in zip(texts, own, strict=True)])
+            result = wilson(sum(int(one["right"]) for one in read), len(rows))
             sees = run.config.prompts.privilege if view == "teacher" else "none"
-            record = {"step": step, "split": split, "view": view, "privilege": sees, **asdict(result)}
-            run.directory.append("evaluations", record)
+            about = {"step": step, "split": split, "view": view}
+            run.directory.append("evaluations", about | {"privilege": sees, **asdict(result)})
+            run.directory.append("answers", *(about | one for one in read))
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
     run.model.tokens.take()  # these are no step's
+
+
+def _read_off(text: str, row: Example) -> dict[str, Any]:
+    worth = {"right": accuracy(text, row.label), "format": well_formed(text)}
+    return {"id": row.id, "label": row.label, "answer": parse_answer(text)} | worth
 
 
 def percent(result: Accuracy) -> str:

@@ -3,6 +3,7 @@
 RUN/config.yaml         the resolved config
 RUN/metrics.jsonl       one line per logged step
 RUN/evaluations.jsonl   one line per evaluation
+RUN/answers.jsonl       one line per row of an evaluation: what was answered
 RUN/samples.jsonl       sampled responses
 RUN/checkpoints/        see `opsd.checkpoint`
 """
@@ -29,19 +30,19 @@ PHASES = ("rollout", "teacher", "student")
 class RunDir:
     """Append-only JSONL files under one folder. Each line is flushed, so a killed run keeps what it measured."""
 
-    FILES = ("metrics", "evaluations", "samples")
+    FILES = ("metrics", "evaluations", "answers", "samples")
 
     def __init__(self, path: Path, writes: bool = True):
         """writes: False for a process that leaves the writing to another."""
         self.path, self.writes = path, writes
         self.checkpoints = path / "checkpoints"
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
+    def append(self, name: str, *records: dict[str, Any]) -> None:
         if not self.writes:
             return
         file = self.path / f"{name}.jsonl"
         with writing(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file; the half line a kill may have left is not one."""

@@ -108,7 +108,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
     """Rows, model, teacher and optimizer, each checked; a checkpoint's state is put back."""
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
-    _check_rows(train, config)
+    check_rows(train, config)
     for split, rows in held_out.items():
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
@@ -171,7 +171,7 @@ def _open_directory(config: Config, resume: bool, writes: bool) -> tuple[RunDir,
     if resume:
         if not saved.exists():
             raise InputError("a run directory with config.yaml", "none", file=path, field="--resume")
-        _same_config(config, load_config(saved), saved)
+        same_config(config, load_config(saved), saved)
         last = checkpoint.newest(directory.checkpoints)
         if last is not None and last.step > config.train.steps:
             expected = f"at least the {last.step} steps already done"
@@ -191,7 +191,8 @@ def _open_directory(config: Config, resume: bool, writes: bool) -> tuple[RunDir,
     return directory, None
 
 
-def _same_config(config: Config, saved: Config, file: Path) -> None:
+def same_config(config: Config, saved: Config, file: Path) -> None:
+    """Raise InputError where a config is not that of the run it goes on with."""
     now, then = _flat(config), _flat(saved)
     constant = config.optim.schedule == "constant"  # other schedules depend on the number of steps
     free = (*_FREE_TO_CHANGE, "train.steps") if constant else _FREE_TO_CHANGE
@@ -229,7 +230,7 @@ def _read(split: str, config: Config) -> list[Example]:
     return read_examples(path, config.data, held_out=split != "train")
 
 
-def _check_rows(rows: list[Example], config: Config) -> None:
+def check_rows(rows: list[Example], config: Config) -> None:
     """Rows must carry what the objective and the teacher's view will read."""
     objective, needed = config.objective, {}
     if objective.kind == "sft":

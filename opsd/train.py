@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from opsd.ablations import ABLATIONS
 from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
 from opsd.errors import InputError
@@ -66,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
         with world.in_turn():
             config = _config(args)
         if config.train.run_dir is None:
-            config = with_run_dir(config, Path(world.told(str(next_run_dir(_name(args))))))
+            file, _ = split_words(args.words)
+            name = file.stem if file else "embedded"
+            config = with_run_dir(config, Path(world.told(str(next_run_dir(name)))))
         finished = train(config, args.resume is not None, world)
         if world.main:
             write_report(finished.directory)
@@ -74,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Config:
     file, words = split_words(args.words)
-    words += ABLATIONS[args.ablation] if args.ablation else []
     if args.resume is not None:
         return _resumed(args.resume, file, words)
     if file is None:
@@ -83,11 +83,6 @@ def _config(args: argparse.Namespace) -> Config:
 
         return prepare(words, train)
     return load_config(file, words)
-
-
-def _name(args: argparse.Namespace) -> str:
-    file, _ = split_words(args.words)
-    return (file.stem if file else "embedded") + (f"-{args.ablation}" if args.ablation else "")
 
 
 def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
@@ -102,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     about = "On-policy self-distillation. Without a config file: the embedded multimodal job."
     made = parser("python -m opsd.train", about)
     made.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder")
-    made.add_argument("--ablation", choices=sorted(ABLATIONS), help="a comparison of the paper on the same budget")
     return guard(run, made, argv)
 
 

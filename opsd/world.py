@@ -45,6 +45,14 @@ class World:
         """This process's items: every `size`-th, from the `rank`-th on."""
         return list(items[self.rank :: self.size])
 
+    def gather(self, own: Sequence[T]) -> list[T]:
+        """All items from everybody's share of them, in their order; items that pickle."""
+        if self.size == 1:
+            return list(own)
+        shares: list[list[T]] = [[] for _ in range(self.size)]
+        torch.distributed.all_gather_object(shares, list(own))
+        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
+
     def place(self, item: int) -> int:
         """Where the `item`-th of this process's share stands among all."""
         return self.rank + item * self.size

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
     "integrations",  # torch and opsd_kernels only
-    "errors few_rows byte_lru digests transfer logits say pace chat world",
+    "errors environment intervals few_rows byte_lru digests transfer logits say pace chat world",
     "sections config_problems config cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families liger",
     "rows data media decoder prompts prompt_cache features model loading plain engine rewards",
     "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
-    "checkpoint group run metrics step ablations answers page report",
+    "checkpoint group run metrics step answers page report",
     "affect rationales",
-    "evaluate recipes rationalize train",
+    "evaluate recipes rationalize train ablation ablate",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 

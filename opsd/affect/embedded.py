@@ -52,7 +52,7 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
 
 def _with_bare_labels(rows: Path, label_template: str) -> Path:
     """The training rows with, on every LABEL_EVERY-th, the bare label for a rationale: so that the model can read one
-    too, or `--ablation label-only` would have a teacher that learns nothing from what it sees."""
+    too, or the arm label-only of `opsd.ablate` would have a teacher that learns nothing from what it sees."""
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     for row in lines[::LABEL_EVERY]:
         row["rationale"] = label_template.replace("{label}", row["label"])

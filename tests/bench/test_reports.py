@@ -15,7 +15,8 @@ from bench import gpu_checks, gpu_report, gpu_sections, providers
 from bench.cases import Case, operands
 from bench.floor import DEVICES, gemm_ms, ratio, rows_ms, table
 from bench.measure import peak_extra_bytes
-from bench.results import environment, from_pytest_benchmark, write
+from bench.results import from_pytest_benchmark, write
+from opsd.environment import environment
 from opsd_kernels import rows_native
 
 ROOT = Path(__file__).parents[2]

@@ -24,6 +24,7 @@ VARIANTS = {
     "full": [],
     "lora": ["model.adapter=lora", "teacher.lora_average=factors", SHORT],
     "hybrid": ["objective.alpha=0.5", "teacher.kind=frozen", SHORT],
+    "reward": ["objective.kind=reward", "objective.updates_per_rollout=2", SHORT],
     "sft": ["objective.kind=sft", "objective.teacher_view_fraction=0.5", SHORT],
 }
 
@@ -69,7 +70,8 @@ def close(a: Path, b: Path) -> None:
         assert one.keys() == other.keys()
         for name in one.keys() - {"padded_tokens"}:  # how long the longest of a batch is depends on the batch
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7), (one["step"], name)
-    assert (a / "evaluations.jsonl").read_text() == (b / "evaluations.jsonl").read_text()
+    for name in ("evaluations.jsonl", "answers.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
     ours, theirs = weights(a), weights(b)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

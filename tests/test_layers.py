@@ -22,7 +22,7 @@ RANKS = [
     "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
     "checkpoint group run metrics step answers page report",
     "affect rationales",
-    "evaluate recipes rationalize train ablation ablate",
+    "evaluate recipes rationalize train merge ablation ablate",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from opsd.adapter import add_lora
 from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError, explained
 from opsd.families import install
@@ -16,6 +16,7 @@ from opsd.integrations.hf import logit_changes, output_head
 from opsd.liger import use_liger
 from opsd.logits import logits_of
 from opsd.model import LanguageModel
+from opsd.parts import freeze
 
 # Checkpoints that speak too are opened as the part that reads and writes text.
 _THINKERS = {
@@ -45,9 +46,9 @@ def load_model(
     module = _read_weights(source, config)
     _check_head(module, source)
     install(module)
-    _freeze(module, config.freeze)
+    freeze(module, config.freeze)
     if lora:
-        module = _add_lora(module, config, seed, checkpoint)
+        module = add_lora(module, config, seed, checkpoint)
     if config.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not any(p.requires_grad for p in module.parameters()):
@@ -117,61 +118,3 @@ def _check_logits(model: LanguageModel) -> None:
         changes = ", ".join(f"{key}={value}" for key, value in logit_changes(module).items()) or "nothing that tells"
         found = f"others in {type(model._base).__name__}, whose config says {changes}"
         raise InputError("logits that follow from the head and the config", found, field="model.path")
-
-
-def _freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Freeze modules by the beginning of their parameters' names: `visual` or `model.layers.1`, not layers.10."""
-    names = [name for name, _ in module.named_parameters()]
-    for prefix in prefixes:
-        if not any(_is_under(name, prefix) for name in names):
-            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
-            raise InputError(f"the name of a module or parameter ({parts}, ...)", repr(prefix), field="model.freeze")
-    for name, parameter in module.named_parameters():
-        if any(_is_under(name, prefix) for prefix in prefixes):
-            parameter.requires_grad_(False)
-
-
-def _is_under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix.rstrip(".") + ".")
-
-
-def _add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | None) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if checkpoint is not None:
-        with explained("an adapter of this model", field="--resume"):
-            return PeftModel.from_pretrained(module, checkpoint, is_trainable=True)
-    every = config.lora_targets == "all-linear"
-    targets = _decoder_linear(module) if every else list(config.lora_targets)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        exclude_modules=_outside_decoder(module),
-        task_type="CAUSAL_LM",
-    )
-    head = next(name for name, child in module.named_modules() if child is module.get_output_embeddings())
-    if isinstance(targets, list) and any(f".{head}".endswith(f".{target}") for target in targets):
-        raise InputError("no adapter on the output head", str(targets), field="model.lora_targets")
-    torch.manual_seed(seed)
-    with explained("names of modules in the decoder", field="model.lora_targets"):
-        return get_peft_model(module, lora)
-
-
-def _decoder_linear(module: Any) -> str:
-    """A pattern of every linear layer in the decoder.
-
-    peft's own "all-linear" goes by last names: the `0` in a tower's list of layers would be the decoder's layer 0.
-    """
-    decoder: Any = module.get_decoder()
-    prefix = next(f"{name}." for name, child in module.named_modules() if child is decoder)
-    linear = {name.rpartition(".")[2] for name, child in decoder.named_modules() if isinstance(child, nn.Linear)}
-    return rf"{re.escape(prefix)}(.*\.)?({'|'.join(sorted(linear))})"
-
-
-def _outside_decoder(module: Any) -> str | None:
-    """A pattern of everything outside the decoder: perception towers keep their weights under LoRA."""
-    decoder: Any = module.get_decoder()
-    name = next((name for name, child in module.named_modules() if child is decoder), "")
-    return rf"^(?!{name}\.).*$" if name else None

@@ -21,10 +21,12 @@ from opsd.log import Clock, Progress, RunDir, make_progress
 from opsd.model import LanguageModel
 from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
+from opsd.parts import what_trains
 from opsd.prefix_store import open_store
 from opsd.prompt_cache import PromptCache
 from opsd.prompts import PromptBuilder, can_teach, verify
 from opsd.rollout import Rollouts
+from opsd.say import say_once
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 from opsd.teacher_cache import TeacherCache
 from opsd.world import World
@@ -119,6 +121,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         verify(prompts, world.share(train), teacher=privileged)
         for rows in map(labelled, held_out.values()):
             verify(prompts, world.share(rows), teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
+    say_once(what_trains(model.module))
     _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps, world)

@@ -17,8 +17,9 @@ RANKS = [
     "errors environment intervals few_rows byte_lru digests transfer logits say pace chat world",
     "sections config_problems config cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
-    "attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families liger",
-    "rows data media decoder prompts prompt_cache features model loading plain engine rewards",
+    "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
+    "liger",
+    "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
     "sampling stopping graphs draw decode rollout teacher_cache teacher objectives optim log",
     "checkpoint group run metrics step answers page report",
     "affect rationales",

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from opsd.sections.base import Float, Section, Switch, Texts
 
+Part = Literal["vision", "audio", "projector", "language"]
+
 
 class ModelConfig(Section):
     path: str = Field(min_length=1, description="Folder or hub id of the model and its processor.")
@@ -17,10 +19,13 @@ class ModelConfig(Section):
     lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter times its rank.")
     lora_dropout: Float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
-    lora_targets: Literal["all-linear"] | Texts = Field(
-        default="all-linear", description="Modules that get an adapter."
+    lora_targets: Literal["all-linear"] | Texts | dict[Part, Literal["all-linear"] | Texts] = Field(
+        default="all-linear",
+        description="Linear layers of the language part that get an adapter, or for each part: {vision: [qkv, proj]}.",
     )
-    freeze: Texts = Field(default=(), description="Name prefixes of modules that stay as they are.")
+    freeze: Texts = Field(
+        default=(), description="Parts (vision, audio, projector, language) or modules by name that stay as they are."
+    )
     attention: str = Field(default="sdpa", description="Attention implementation: sdpa, eager, ...")
     liger: Switch = Field(
         default="auto", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on CUDA where it is installed."

@@ -15,11 +15,9 @@ from opsd.config import load_config
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.name)
 def test_configs_load(path):
     config = load_config(path)
-    assert config.objective.kind == "distill"
-    assert config.prompts.privilege == "rationale"
     assert "#" not in (config.prompts.system or ""), "a comment inside a folded text is text"
 
 

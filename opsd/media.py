@@ -13,7 +13,7 @@ import numpy as np
 from av.error import FFmpegError
 from PIL import Image, ImageOps
 
-from opsd.errors import InputError
+from opsd.errors import MediumError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +36,24 @@ class Video:
 
 
 def load_image(path: Path) -> Image.Image:
-    """The image in RGB, turned upright as its EXIF data say. Raises `InputError` naming the file."""
+    """The image in RGB, turned upright as its EXIF data say. Raises `MediumError` naming the file."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError("an image that can be decoded", _reason(error), file=path) from error
+        raise MediumError("an image that can be decoded", _reason(error), file=path) from error
 
 
 def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     """(samples,) float32 mono in [-1, 1] at `sampling_rate` Hz, from the first audio stream of any container.
 
-    Raises `InputError` naming the file when there is no such stream, it does not decode, or it is empty.
+    Raises `MediumError` naming the file when there is no such stream, it does not decode, or it is empty.
     """
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
-                raise InputError("a file with sound", "no audio stream", file=path)
+                raise MediumError("a file with sound", "no audio stream", file=path)
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
             pieces = [
                 piece.to_ndarray().mean(axis=0)  # of (channels, samples): FFmpeg's own downmix is louder
@@ -64,41 +64,42 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
                 for piece in resampler.resample(frame)
             ]
     except (FFmpegError, OSError, ValueError) as error:
-        raise InputError("sound that can be decoded", _reason(error), file=path) from error
+        raise MediumError("sound that can be decoded", _reason(error), file=path) from error
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not samples.size:
-        raise InputError("sound that can be decoded", "no samples", file=path)
+        raise MediumError("sound that can be decoded", "no samples", file=path)
     if not np.isfinite(samples).all():
-        raise InputError("sound that can be decoded", "samples that are not finite", file=path)
+        raise MediumError("sound that can be decoded", "samples that are not finite", file=path)
     return samples.astype(np.float32, copy=False)
 
 
 def load_video(path: Path, frames: int) -> Video:
     """What is on the screen in the middle of each of `frames` equal parts of the first video stream, in RGB, upright.
 
-    Fewer frames where the video has fewer. Memory is that of the frames that are kept. Raises `InputError` naming the
+    Fewer frames where the video has fewer. Memory is that of the frames that are kept. Raises `MediumError` naming the
     file when there is no such stream, it does not decode, or it ends before nine tenths of the length it claims.
     """
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise InputError("a file with moving pictures", "no video stream", file=path)
+                raise MediumError("a file with moving pictures", "no video stream", file=path)
             stream = container.streams.video[0]
             start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
             claimed = _claimed(stream)
             whole = container.duration / av.time_base if container.duration else None  # the sound may be longer
             length = claimed or whole or _end(path) - start
-            wanted = [start + (i + 0.5) * length / frames for i in range(frames)]
+            # a microsecond late: a frame that is due at that very moment is there
+            wanted = [start + (i + 0.5) * length / frames + 1e-6 for i in range(frames)]
             kept, end = _on_screen(_timed(container, stream), wanted)
             pictures = [_upright(frame) for _, frame in kept]
             if not pictures:
-                raise InputError("a video that can be decoded", "no frames", file=path)
+                raise MediumError("a video that can be decoded", "no frames", file=path)
             if claimed is not None and end is not None and end - start < 0.9 * claimed:
                 found = f"{end - start:.2f} s of {claimed:.2f} s"
-                raise InputError("a video that can be decoded to its end", found, file=path)
+                raise MediumError("a video that can be decoded to its end", found, file=path)
             return Video(np.stack(pictures), tuple(time - start for time, _ in kept), length)
     except (FFmpegError, OSError, ValueError) as error:
-        raise InputError("a video that can be decoded", _reason(error), file=path) from error
+        raise MediumError("a video that can be decoded", _reason(error), file=path) from error
 
 
 def _claimed(stream: Any) -> float | None:

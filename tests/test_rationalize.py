@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from opsd.rationales.request import DEFAULT, read_template
 from opsd.rationales.work import GIVE_UP
 from tests.endpoints import FakeClock, completion, serving
 from tests.files import tone, write_wav
+from tests.videos import pictures, write_video
 
 KEY = "sk-very-secret-123"
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,20 @@ def read(path):
 
 def user(body):
     return body["messages"][-1]["content"]
+
+
+def test_a_video_goes_as_frames_with_their_times(rows, server, clock, tmp_path):
+    frames = pictures(12)
+    write_video(tmp_path / "a.avi", frames, rate=10, sound=tone(16_000, 300, 1.2))
+    parts = [{"type": "video", "video": "a.avi"}, {"type": "audio", "audio": "a.avi"}]
+    path = rows({"prompt": [{"role": "user", "content": [*parts, {"type": "text", "text": "Feels?"}]}]})
+    assert rationalize.main([*command(path, server), "--media", "video,audio"]) == 0
+    told, *shown, heard, text = user(server.seen[0][2])
+    assert told["text"] == "Frames of a video, at 0.1, 0.3, 0.5, 0.7, 0.9, 1.1 s:"
+    assert "Attached: 1 recording, 1 video." in text["text"] and heard["input_audio"]["format"] == "wav"
+    for part, frame in zip(shown, frames[1::2], strict=True):
+        data = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
+        assert np.abs(np.asarray(Image.open(io.BytesIO(data))).mean((0, 1)) - frame.mean((0, 1))).max() < 3
 
 
 def test_every_labelled_row_gets_its_rationale(rows, server, clock, tmp_path, capsys):
@@ -309,7 +325,7 @@ def test_a_medium_that_does_not_decode_is_its_rows_failure(rows, server, clock, 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--media", "video"], "field '--media': expected some of image, audio; found 'video'"),
+        (["--media", "smell"], "field '--media': expected some of image, audio, video; found 'smell'"),
         (["--body", "{"], "field '--body': expected a JSON object"),
         (["--body", '{"stream": true}'], "field '--body': expected a JSON object without"),
         (["--endpoint", "localhost"], "field '--endpoint': expected an http"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from opsd.media import load_audio, load_image
+from opsd.media import load_audio, load_image, load_video
 
 LONGEST_SIDE = 360  # pixels of a picture
 LOSSLESS_SIDE = 128  # a picture up to this size is kept as it is
@@ -42,8 +42,21 @@ class Sound:
 
 
 def picture(path: Path) -> Picture:
-    """The image, reduced: PNG where it is small, JPEG otherwise."""
-    image = load_image(path)
+    """The image, reduced."""
+    return _picture(path.name, load_image(path))
+
+
+def film(path: Path, frames: int) -> list[tuple[float, Picture]]:
+    """The frames that a model is shown of a video, each with its time (seconds)."""
+    video = load_video(path, frames)
+    return [
+        (time, _picture(f"{path.name} at {time:.1f} s", Image.fromarray(frame)))
+        for time, frame in zip(video.seconds, video.frames, strict=True)
+    ]
+
+
+def _picture(name: str, image: Image.Image) -> Picture:
+    """PNG where it is small, JPEG otherwise."""
     small = max(image.size) <= LOSSLESS_SIDE
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -51,7 +64,7 @@ def picture(path: Path) -> Picture:
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=82, optimize=True)
-    return Picture(path.name, _uri("image/png" if small else "image/jpeg", buffer.getvalue()), *image.size)
+    return Picture(name, _uri("image/png" if small else "image/jpeg", buffer.getvalue()), *image.size)
 
 
 def sound(path: Path) -> Sound:

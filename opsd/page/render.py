@@ -17,7 +17,7 @@ from opsd.config import Config
 from opsd.data import Example
 from opsd.log import RunDir
 from opsd.page.charts import HEIGHT, WIDTH, Chart, charts
-from opsd.page.media import WAVE_COLUMNS, WAVE_HEIGHT, picture, sound
+from opsd.page.media import WAVE_COLUMNS, WAVE_HEIGHT, film, picture, sound
 from opsd.page.replay import Answer, Replayed, Side, Token
 
 HERE = Path(__file__).parent
@@ -30,8 +30,8 @@ TEACHERS = {
 
 @dataclass(frozen=True)
 class Part:
-    kind: str  # text, image, audio
-    value: Any  # str, Picture, Sound
+    kind: str  # text, image, video, audio
+    value: Any  # str, Picture, times and Pictures, Sound
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def _clip(one: Replayed, config: Config) -> Clip:
     hint = [Part("text", text)] if privilege != "none" and (text := getattr(row, privilege)) else []
     if hint and privilege == "rationale":
         hint = [*(Part("image", picture(path)) for path in row.teacher_images), *hint]
-    turns = [(message["role"], [_part(part) for part in message["content"]]) for message in row.messages]
+    turns = [(message["role"], [_part(part, config) for part in message["content"]]) for message in row.messages]
     return Clip(row, turns, hint, [("before", one.before), ("after", one.after)])
 
 
-def _part(part: dict[str, Any]) -> Part:
+def _part(part: dict[str, Any], config: Config) -> Part:
     kind = part["type"]
-    shown = {"image": picture, "audio": sound}
+    shown = {"image": picture, "video": lambda path: film(path, config.media.frames), "audio": sound}
     return Part(kind, shown[kind](part[kind]) if kind in shown else part[kind])
 
 

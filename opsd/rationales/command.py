@@ -140,7 +140,11 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="the rows with their rationales (JSONL)")
     add("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, up to /v1")
     add("--model", required=True, help="its name there")
-    add("--media", default="", help="what is attached: some of image,audio; default none, the model reads text only")
+    add(
+        "--media",
+        default="",
+        help="what is attached, some of image,audio,video; by default the model reads text only",
+    )
     add("--template", type=Path, help="another prompt, a YAML file like opsd/rationales/prompt.yaml")
     add("--max-tokens", type=_positive, default=1024, help="of a reply; a longer one fails, it is never cut")
     add("--body", default="{}", metavar="JSON", help="more of the request, such as '{\"temperature\": 0.7}'")

@@ -1,7 +1,7 @@
 """One labelled row as messages for a chat model: a template filled in, media as base64 parts where they are asked for.
 
 Images and sound go as the OpenAI chat format has them: PNG, JPEG, WebP and GIF files and WAV and MP3 files as they are,
-other images as PNG, other sound as 16-bit WAV, mono, 16 kHz.
+other images as PNG, other sound as 16-bit WAV, mono, 16 kHz. Of a video a few frames go as JPEG, with their times.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import Any, Final
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from opsd.data import Example
 from opsd.errors import InputError
-from opsd.media import load_audio, load_image
+from opsd.media import load_audio, load_image, load_video
 
 DEFAULT: Final = Path(__file__).with_name("prompt.yaml")
 SLOTS: Final = ("task", "media", "subtitle", "label")
 KINDS: Final = {"image": ("image", "images"), "audio": ("recording", "recordings"), "video": ("video", "videos")}
-ATTACHABLE: Final = ("image", "audio")  # what the chat format has a part for
+ATTACHABLE: Final = ("image", "audio", "video")
+FRAMES: Final = 6  # of a video
 _IMAGES: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".gif": "gif"}
 _SOUNDS: Final = {".wav": "wav", ".mp3": "mp3"}
 _RATE: Final = 16_000
@@ -79,7 +81,7 @@ class RequestBuilder:
         if self.template.system is not None:
             made.append({"role": "system", "content": self._fill(self.template.system, example)})
         text = self._fill(self.template.user, example)
-        parts = [_part(kind, path) for _, kind, path in example.media() if kind in self.media]
+        parts = [part for _, kind, path in example.media() if kind in self.media for part in _parts(kind, path)]
         content: Any = [*parts, {"type": "text", "text": text}] if parts else text
         return [*made, {"role": "user", "content": content}]
 
@@ -96,7 +98,7 @@ class RequestBuilder:
         for _, kind, path in example.media():
             if kind in self.media:
                 heard = path.stat().st_size * _TOKENS_PER_BYTE_OF_SOUND
-                count += _TOKENS_PER_IMAGE if kind == "image" else heard
+                count += {"image": _TOKENS_PER_IMAGE, "video": FRAMES * _TOKENS_PER_IMAGE, "audio": heard}[kind]
         return math.ceil(count)
 
     def _fill(self, text: str, example: Example) -> str:
@@ -132,23 +134,31 @@ def _count(kind: str, n: int) -> str:
     return f"{n} {KINDS[kind][n > 1]}"
 
 
-def _part(kind: str, path: Path) -> dict[str, Any]:
+def _parts(kind: str, path: Path) -> list[dict[str, Any]]:
     if kind == "image":
         form = _IMAGES.get(path.suffix.lower())
-        data = path.read_bytes() if form else _png(path)
-        return {"type": "image_url", "image_url": {"url": f"data:image/{form or 'png'};base64,{_base64(data)}"}}
+        return [_image(path.read_bytes() if form else _encoded(load_image(path), "PNG"), form or "png")]
+    if kind == "video":
+        video = load_video(path, FRAMES)
+        times = ", ".join(f"{time:.1f}" for time in video.seconds)
+        frames = [_image(_encoded(Image.fromarray(frame), "JPEG"), "jpeg") for frame in video.frames]
+        return [{"type": "text", "text": f"Frames of a video, at {times} s:"}, *frames]
     form = _SOUNDS.get(path.suffix.lower())
     data = path.read_bytes() if form else _wav(path)
-    return {"type": "input_audio", "input_audio": {"data": _base64(data), "format": form or "wav"}}
+    return [{"type": "input_audio", "input_audio": {"data": _base64(data), "format": form or "wav"}}]
+
+
+def _image(data: bytes, form: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/{form};base64,{_base64(data)}"}}
 
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _png(path: Path) -> bytes:
+def _encoded(image: Image.Image, form: str) -> bytes:
     stream = io.BytesIO()
-    load_image(path).save(stream, "PNG")
+    image.save(stream, form, quality=90)
     return stream.getvalue()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -32,12 +34,15 @@ def load_student(config: Config, checkpoint_path: Path | None) -> LanguageModel:
     return load_model(config.model, checkpoint=checkpoint_path, engine=config.engine)
 
 
-def answer(model: LanguageModel, prompts: list[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:
-    """Greedy answers, one per prompt, of the length and to the stop strings of a rollout."""
+def answer(model: LanguageModel, prompts: Iterable[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:
+    """Greedy answers, one per prompt, of the length and to the stop strings of a rollout.
+
+    No more prompts are taken at a time than are answered together.
+    """
     sampling = Sampling.greedy(config.max_new_tokens, config.stop)
     rollouts = Rollouts(model, config.slots, config.graphs)  # its graphs are of the weights the model wears now
     texts: list[str] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
+    coming = iter(prompts)
+    while batch := list(islice(coming, batch_size)):
         texts += decode(model.tokenizer, rollouts(batch, sampling, [0] * len(batch)))
     return texts

@@ -20,7 +20,7 @@ class Decoder:
         self._lock = Lock()
 
     def __call__(self, kind: str, path: Path) -> Any:
-        """The medium of a file. Raises `InputError` naming the file where it does not decode."""
+        """The medium of a file. Raises `MediumError` naming the file where it does not decode."""
         with self._lock:
             found = self._kept.get((kind, path))
         if found is None:

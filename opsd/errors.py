@@ -35,6 +35,10 @@ class InputError(Exception):
         super().__init__(f"{where}{subject}expected {expected}; found {found}{tail}")
 
 
+class MediumError(InputError):
+    """A file of images, video or sound that does not decode."""
+
+
 class InputErrors(InputError):
     """Several mistakes found in one pass: one line each, the first `limit` of them."""
 

@@ -18,8 +18,8 @@ from opsd.cli import guard
 from opsd.data import Example, labelled, read_examples
 from opsd.errors import InputError, writing
 from opsd.intervals import Accuracy, wilson
-from opsd.prompt_cache import PromptCache
-from opsd.prompts import PromptBuilder, can_teach, verify
+from opsd.prompt_cache import VIEWS, PromptCache, verify
+from opsd.prompts import PromptBuilder, can_teach
 from opsd.rewards import accuracy, parse_answer, well_formed
 
 
@@ -31,18 +31,25 @@ def measure(run: Any, step: int) -> None:
     config = run.config.evaluate
     for split, rows in run.held_out.items():
         rows = labelled(rows)[: config.limit]
-        own = run.world.share(rows)
-        views: dict[str, tuple[Any, AbstractContextManager[None]]] = {"student": (run.prompts.student, nullcontext())}
+        own, skip = run.world.share(rows), run.config.data.on_error == "skip"
+        whole = run.prompts.whole(own) if skip else own
+        views: dict[str, AbstractContextManager[None]] = {"student": nullcontext()}
         if config.teacher and can_teach(rows, run.config.prompts):
-            views["teacher"] = (run.prompts.teacher, run.teacher.weights())
-        for view, (build, weights) in views.items():
+            views["teacher"] = run.teacher.weights()
+        for view, weights in views.items():
+            build = getattr(run.prompts, view)
+            prompts = (build(row) for row in run.prompts.ahead(whole, [view]))
             with weights:
-                texts = answer(run.model, [build(r) for r in own], config.batch_size, run.config.rollout)
-            read = run.world.gather([_read_off(text, row) for text, row in zip(texts, own, strict=True)])
-            result = wilson(sum(int(one["right"]) for one in read), len(rows))
+                texts = answer(run.model, prompts, config.batch_size, run.config.rollout)
+            told = {row.id: _read_off(text, row) for text, row in zip(texts, whole, strict=True)}
+            read = [one for one in run.world.gather([told.get(row.id) for row in own]) if one is not None]
+            if not read:
+                raise InputError("a row whose files decode", "none", file=getattr(run.config.data, split))
+            result = wilson(sum(int(one["right"]) for one in read), len(read))
             sees = run.config.prompts.privilege if view == "teacher" else "none"
             about = {"step": step, "split": split, "view": view}
-            run.directory.append("evaluations", about | {"privilege": sees, **asdict(result)})
+            left_out = {"skipped_rows": len(rows) - len(read)} if skip else {}
+            run.directory.append("evaluations", about | {"privilege": sees, **asdict(result), **left_out})
             run.directory.append("answers", *(about | one for one in read))
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
     run.model.tokens.take()  # these are no step's
@@ -61,14 +68,15 @@ def run(args: argparse.Namespace) -> None:
     config, newest = finished_run(args.run_dir)
     rows = read_examples(args.data, config.data, held_out=True)
     model = load_student(config, newest)
-    prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
-    verify(prompts, rows, teacher=False)
-    texts = answer(
-        model,
-        [prompts.student(row) for row in rows],
-        config.evaluate.batch_size,
-        config.rollout,
-    )
+    builder = PromptBuilder(model.processor, config.prompts, config.media)
+    prompts = PromptCache(builder, config.prompts.cache_mib, config.media.workers)
+    skip = config.data.on_error == "skip"
+    verify(prompts, rows, VIEWS[:1], skip=skip)
+    rows = prompts.whole(rows) if skip else rows
+    if not rows:
+        raise InputError("a row whose files decode", "none", file=args.data)
+    asked = (prompts.student(row) for row in prompts.ahead(rows, VIEWS[:1]))
+    texts = answer(model, asked, config.evaluate.batch_size, config.rollout)
     out = args.out or args.run_dir / f"predictions-{args.data.stem}.jsonl"
     _write(out, rows, texts)
     if n := len(labelled(rows)):

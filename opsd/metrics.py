@@ -35,9 +35,10 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     response: accuracy, format, truncated, response_length (tokens), and leak_rate, the share that speaks of what only
     the teacher sees.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
-    padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. Beside the
-    rollout, whose texts are read on the host, this is where the host waits for the device. With several processes all
-    of it is of all of them, but for what a cache did and the samples, which are the first one's.
+    padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. skipped_rows is
+    how many rows of the step had a file that does not decode. Beside the rollout, whose texts are read on the host,
+    this is where the host waits for the device. With several processes all of it is of all of them, but for what a
+    cache did and the samples, which are the first one's.
     """
     counts = run.model.tokens.take()
     config = run.config.log
@@ -46,6 +47,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     if step % config.every and step != run.config.train.steps:
         return
     values, seconds = _of_all(run, sums.read() | group.scores), run.clock.read()
+    if run.config.data.on_error == "skip":
+        counts["skipped_rows"] = run.replaced
     counts = run.world.sum(counts)
     _check_finite(values, step)
     tokens, responses = values.pop("tokens"), values.pop("responses")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
 from opsd.decoder import Decoder
-from opsd.errors import InputError, explained, raise_all
+from opsd.errors import InputError, MediumError, explained
 from opsd.media import Video
 from opsd.video import VideoProcessor
 
@@ -53,7 +54,8 @@ class PromptBuilder:
         rate = getattr(self.extractor, "sampling_rate", media.sampling_rate)
         if rate != media.sampling_rate:
             raise InputError(f"{rate}, the model's own", str(media.sampling_rate), field="media.sampling_rate")
-        self.decode = Decoder(media)
+        self._decode = Decoder(media)
+        self._processing = Lock()  # of several threads one is in the processor, while the others decode
 
     def student(self, example: Example) -> Prompt:
         """The prompt without privilege."""
@@ -77,6 +79,11 @@ class PromptBuilder:
             extra, text = [], self.config.label_template.replace("{label}", value)
         messages[-1]["content"] += [*extra, {"type": "text", "text": f"\n\n{text}"}]
         return self._build(example, messages)
+
+    def decode_media(self, example: Example) -> None:
+        """Decode every medium of the row. Raises `MediumError` for the first that does not."""
+        for _, kind, path in example.media():
+            self._medium(example, kind, path)
 
     def _messages(self, example: Example) -> list[dict[str, Any]]:
         """A copy of the messages with the configured system message and the subtitle in it."""
@@ -116,9 +123,10 @@ class PromptBuilder:
             text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         # The template has written every special token that belongs there.
         try:
-            out = self.processor(
-                text=[text], return_tensors="pt", add_special_tokens=False, **self._media_arguments(media)
-            )
+            with self._processing:
+                out = self.processor(
+                    text=[text], return_tensors="pt", add_special_tokens=False, **self._media_arguments(media)
+                )
         except ValueError as error:
             found = str(error).strip().splitlines()[0]
             raise example.problem("prompt", "text and media that the model's processor takes", found) from error
@@ -152,15 +160,17 @@ class PromptBuilder:
 
     def _medium(self, example: Example, kind: str, path: Path) -> Any:
         """A decoded medium; a problem with it points at the field of the row that names it."""
+        field = next(field for field, *used in example.media() if used == [kind, path])
         try:
-            medium = self.decode(kind, path)
-            longest = getattr(self.extractor, "n_samples", None)
-            if kind == "audio" and longest is not None and len(medium) > longest:  # the extractor would cut it
-                rate = self.media.sampling_rate
-                raise InputError(f"at most {longest / rate:g} s of audio", f"{len(medium) / rate:.1f} s")
-        except InputError as error:
-            field = next(field for field, *used in example.media() if used == [kind, path])
-            raise example.problem(field, error.expected, f"{error.found} in {path}") from error
+            medium = self._decode(kind, path)
+        except MediumError as error:
+            found = f"{error.found} in {path}"
+            raise MediumError(error.expected, found, file=example.file, line=example.line, field=field) from error
+        longest = getattr(self.extractor, "n_samples", None)
+        if kind == "audio" and longest is not None and len(medium) > longest:  # the extractor would cut it
+            rate = self.media.sampling_rate
+            expected, found = f"at most {longest / rate:g} s of audio", f"{len(medium) / rate:.1f} s in {path}"
+            raise example.problem(field, expected, found)
         return medium
 
 
@@ -190,24 +200,3 @@ def _without_silence(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def can_teach(examples: Iterable[Example], config: PromptsConfig) -> bool:
     """Whether every row has what the teacher's view of the config shows."""
     return config.privilege == "none" or all(getattr(example, config.privilege) for example in examples)
-
-
-class Views(Protocol):
-    """The two views of a row: a `PromptBuilder`, or one that remembers."""
-
-    def student(self, example: Example) -> Prompt: ...
-
-    def teacher(self, example: Example) -> Prompt: ...
-
-
-def verify(views: Views, examples: Iterable[Example], *, teacher: bool) -> None:
-    """Build every prompt once and report all rows that fail: media, length, special tokens, privilege."""
-    problems = []
-    for example in examples:
-        try:
-            views.student(example)
-            if teacher:
-                views.teacher(example)
-        except InputError as error:
-            problems.append(error)
-    raise_all(problems)

@@ -23,8 +23,8 @@ from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.parts import what_trains
 from opsd.prefix_store import open_store
-from opsd.prompt_cache import PromptCache
-from opsd.prompts import PromptBuilder, can_teach, verify
+from opsd.prompt_cache import VIEWS, PromptCache, verify
+from opsd.prompts import PromptBuilder, can_teach
 from opsd.rollout import Rollouts
 from opsd.say import say_once
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
@@ -32,7 +32,7 @@ from opsd.teacher_cache import TeacherCache
 from opsd.world import World
 
 # What a resumed run may change: none of it moves a metric that is compared.
-_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_")
+_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_", "media.workers")
 
 
 @dataclass
@@ -54,11 +54,29 @@ class Run:
     clock: Clock
     progress: Progress
     world: World
+    replaced: int = 0  # rows of this process and step that others stand for
 
     def rows(self, step: int) -> list[Example]:
-        """This process's rows of the step."""
+        """This process's rows of the step; those of the next one are prepared meanwhile.
+
+        With `data.on_error` skip the next row of the file that decodes stands for one that does not.
+        """
+        here, after = self._order(step), self._order(step + 1) if step + 1 < self.config.train.steps else []
+        views = VIEWS if self.config.objective.kind == "distill" else VIEWS[:1]
+        self.prompts.prepare([self.train[row] for row in [*here, *after]], views)
+        used = [self._standing_for(row) for row in here] if self.config.data.on_error == "skip" else here
+        self.replaced = sum(row != other for row, other in zip(here, used, strict=True))
+        return [self.train[row] for row in used]
+
+    def _order(self, step: int) -> list[int]:
         rows = order(len(self.train), self.config.train.prompts_per_step, step, self.config.train.seed)
-        return [self.train[row] for row in self.world.share(rows)]
+        return self.world.share(rows)
+
+    def _standing_for(self, row: int) -> int:
+        for other in (*range(row, len(self.train)), *range(row)):
+            if self.prompts.damage(self.train[other]) is None:
+                return other
+        raise InputError("a row whose files decode", "none", file=self.config.data.train)
 
     def seed(self, step: int, place: int, purpose: str) -> int:
         """A 56-bit seed that is a function of (run seed, step, place, purpose): resuming needs no RNG state.
@@ -92,6 +110,7 @@ def open_run(config: Config, resume: bool = False, world: World | None = None) -
     try:
         yield run
     finally:
+        run.prompts.close()
         if run.teacher_cache is not None:
             run.teacher_cache.store.flush()
         run.progress.close()
@@ -115,12 +134,15 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
     model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
-    prompts = PromptCache(PromptBuilder(model.processor, config.prompts, config.media), config.prompts.cache_mib)
+    builder = PromptBuilder(model.processor, config.prompts, config.media)
+    prompts = PromptCache(builder, config.prompts.cache_mib, config.media.workers)
     if config.prompts.verify:  # what fits stays in the cache
+        skip = config.data.on_error == "skip"
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
-        verify(prompts, world.share(train), teacher=privileged)
+        verify(prompts, world.share(train), VIEWS if privileged else VIEWS[:1], skip=skip)
         for rows in map(labelled, held_out.values()):
-            verify(prompts, world.share(rows), teacher=config.evaluate.teacher and can_teach(rows, config.prompts))
+            taught = config.evaluate.teacher and can_teach(rows, config.prompts)
+            verify(prompts, world.share(rows), VIEWS if taught else VIEWS[:1], skip=skip)
     say_once(what_trains(model.module))
     _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()

@@ -13,7 +13,8 @@ from PIL import Image
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
 from opsd.errors import InputError, InputErrors
-from opsd.prompts import PromptBuilder, verify
+from opsd.prompt_cache import VIEWS, PromptCache, verify
+from opsd.prompts import PromptBuilder
 from tests.files import tone, write_wav
 
 
@@ -127,9 +128,9 @@ def test_a_view_without_its_privilege_and_media_without_a_processor_are_refused(
 def test_verify_collects_the_problems_of_all_rows() -> None:
     rows = [example(), example(rationale=None), example(subtitle="<end>")]
     with pytest.raises(InputErrors) as caught:
-        verify(builder(), rows, teacher=True)
+        verify(PromptCache(builder(), 0), rows, VIEWS)
     assert [problem.field for problem in caught.value.problems] == ["rationale", "subtitle"]
-    verify(builder(), rows[:2], teacher=False)
+    verify(PromptCache(builder(), 0), rows[:2], ["student"])
 
 
 def test_verify_names_the_field_of_every_medium_that_does_not_decode(tmp_path: Path, omni: Any) -> None:
@@ -142,7 +143,7 @@ def test_verify_names_the_field_of_every_medium_that_does_not_decode(tmp_path: P
         example({"type": "audio", "audio": tmp_path / "long.wav"}),
     ]
     with pytest.raises(InputErrors) as caught:
-        verify(PromptBuilder(omni, PromptsConfig(), MediaConfig()), rows, teacher=False)
+        verify(PromptCache(PromptBuilder(omni, PromptsConfig(), MediaConfig()), 0), rows, ["student"])
     first, second, third = (str(problem).replace(f"{tmp_path}/", "") for problem in caught.value.problems)
     assert first.startswith("rows.jsonl:7: field 'prompt[0].content[0].image': expected an image that can be decoded; ")
     assert first.endswith(" in bad.png")

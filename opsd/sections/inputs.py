@@ -21,6 +21,11 @@ class DataConfig(Section):
     labels: Texts | None = Field(default=None, description="The options: every row's label must be one of them.")
     require_rationale: bool = Field(default=True, description="Refuse training rows without a rationale.")
 
+    on_error: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="A file that does not decode: end, or leave its row out, say so and count it.",
+    )
+
     @field_validator("labels")
     @classmethod
     def _labels(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -75,6 +80,9 @@ class MediaConfig(Section):
     )
     max_pixels: int | None = Field(
         default=None, ge=1, description="Larger frames of a video are reduced; null: the model's processor decides."
+    )
+    workers: int = Field(
+        default=2, ge=0, description="Threads that build the next step's prompts; 0 builds them when they are needed."
     )
     decoded_mib: int = Field(
         default=256, ge=0, description="Host memory for decoded media that the next prompt may need again (MiB)."

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,10 @@ from PIL import Image
 from opsd.ablation import command
 from opsd.ablation.arms import ARMS, split_arms
 from opsd.ablation.command import main
+from opsd.ablation.outcome import Outcome, summary
+from opsd.ablation.table import markdown
 from opsd.config import load_config
+from opsd.errors import InputError
 from opsd.log import RunDir
 from opsd.train import train
 from tests.jobs import base_words, text_job
@@ -73,6 +77,43 @@ def test_every_arm_once_and_one_table(job, tmp_path, capsys):
     assert len(rows) == 2 + len(ARMS) and "lr 0.01 |" in rows[4] and "lr 0.001, alpha 0.2 |" in rows[7]
     with Image.open(out / "ablation.png") as image:
         assert image.width > 1000 and len(set(image.convert("L").resize((64, 32)).tobytes())) > 20
+
+
+def outcome(name, config, answers, format=1.0, metrics=()):
+    """An arm whose student answered rows with the labels a, b, b, c like this."""
+    rows = [
+        {"id": f"row-{i}", "label": label, "answer": said, "right": float(said == label.lower()), "format": format}
+        for i, (label, said) in enumerate(zip("Abbc", answers, strict=True))
+    ]
+    return Outcome(ARMS[name], config, (), rows, list(metrics), None)
+
+
+def test_the_record_of_known_answers(tmp_path):
+    config = load_config(None, base_words(tmp_path))
+    hybrid = load_config(None, [*base_words(tmp_path), "objective.alpha=0.5", "rewards.format=3"])
+    lines = [
+        {"step": step, "accuracy": 0.5, "format": 0.25, "response_length": 7.0, "seconds": seconds}
+        for step, seconds in ((2, 10.0), (4, 1.0))
+    ]
+    arms = [
+        outcome("base", config, ["a", None, "nonsense", "b"], format=0.0),
+        outcome("sft", config, ["a", "b", "b", "c"]),
+        outcome("opsd", hybrid, ["b", "b", "b", "c"], metrics=lines),
+    ]
+    record = summary(arms)["arms"]
+    assert [arm["accuracy"]["accuracy"] for arm in record.values()] == [0.25, 1.0, 0.75]
+    assert [arm.get("minus_base", {}).get("value") for arm in record.values()] == [None, 0.75, 0.5]
+    assert [arm.get("minus_opsd", {}).get("value") for arm in record.values()] == [-0.5, 0.25, None]
+    assert record["base"]["minus_opsd"]["low"] < -0.5 < record["base"]["minus_opsd"]["high"]
+    # F1 of a, b, c: 1, 0, 0; all 1; 0, 4/5, 1
+    assert [arm["macro_f1"]["value"] for arm in record.values()] == pytest.approx([1 / 3, 1.0, 0.6])
+    assert [arm["format"] for arm in record.values()] == [0.0, 1.0, 1.0]
+    assert record["opsd"]["training_seconds"] == 22.0 and record["opsd"]["alpha"] == 0.5
+    assert arms[2].curve("reward") == ([2, 4], [1.25, 1.25]) and arms[2].curve("response_length")[1] == [7.0, 7.0]
+    table = markdown(summary(arms), "x.png")
+    assert "| base | nothing | 25.0 [" in table and "| - | -50.0 [" in table and "| +75.0 [" in table
+    with pytest.raises(InputError, match="the held-out rows of opsd"):
+        summary([arms[2], replace(arms[0], rows=arms[0].rows[:3])])
 
 
 def test_what_is_finished_stays_and_what_was_killed_goes_on(job, tmp_path):

@@ -59,7 +59,7 @@ def _difference(interval: Record | None) -> str:
 
 def _notes(record: Record) -> list[str]:
     b, arms = record["budget"], record["arms"]
-    seconds = ", ".join(f"{arm['title']} {arm['training_seconds']:.0f}" for arm in arms.values())
+    seconds = "; ".join(f"{arm['title']} {arm['training_seconds']:.0f}" for arm in arms.values() if arm["updates"])
     notes = [
         f"Percent of {b['held_out_rows']} held-out rows ({b['held_out_split']}), greedy answers, no rationale for the "
         "student. 95 % intervals: Wilson's for accuracy, percentiles of the bootstrap over rows for macro-F1 and for "
@@ -67,11 +67,12 @@ def _notes(record: Record) -> list[str]:
         f"Same budget: the same rows in the same order, {b['steps']} steps of {b['prompts_per_step']} prompts, seed "
         f"{b['seed']}. Arms that sample draw {b['responses_per_prompt']} responses to a prompt; SFT takes the row's "
         "own answer instead: fewer tokens, but gold. A step is one update, unless a setting says otherwise.",
-        f"Seconds of training: {seconds}.",
     ]
-    for arm in arms.values():
-        if (teacher := arm["teacher"]) is not None and teacher["privilege"] != "none":
-            notes.append(
-                f"{arm['title']}: its teacher's own accuracy at the end is {_value(teacher['accuracy'], teacher)}."
-            )
+    notes += [f"Seconds of training: {seconds}."] if seconds else []
+    teachers = [
+        f"{arm['title']} {_value(arm['teacher']['accuracy'], arm['teacher'])}"
+        for arm in arms.values()
+        if arm["teacher"] is not None and arm["teacher"]["privilege"] != "none"
+    ]
+    notes += [f"What the teacher answers itself, at the end: {'; '.join(teachers)}."] if teachers else []
     return notes

@@ -3,8 +3,9 @@
 // Centred at the student's argmax a:   s = (z_s - z_s[a]) / T,   t = (z_t - z_t[a]) / T,   d = s - t.
 // With S = sum e^s and Q = sum e^t:    c = ln(Q / S) = ln(1 + (Q - S) / S),   r = ln p - ln q = d + c.
 // Q - S is summed as e^s (k(d) - d), k(d) = e^-d - 1 + d, where |d| <= 1, and as e^t - e^s elsewhere: the signal of
-// self-distillation is a small d under large logits, and this form never subtracts two large sums. Teacher terms
-// carry exp(-t_max) so that nothing overflows. Blocks are summed in fp32, 16 terms to a lane, rows in double.
+// self-distillation is a small d under large logits, and this form never subtracts two large sums. It takes one
+// exponential where all columns of a vector are near. The teacher's terms of the others carry exp(-t_max) so that
+// nothing overflows. Blocks are summed in fp32, 16 terms to a lane, rows in double.
 // Included by row.cpp only.
 #pragma once
 #include "rows.h"
@@ -14,6 +15,7 @@ namespace OPSD_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 16 * LANES;  // few enough that what fp32 sums round stays below 2e-7 of a divergence
+constexpr float NO_MASS = -100.0f;     // in place of a centred logit of -inf, whose exponential is 0
 
 struct Centre {
     float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
@@ -21,26 +23,18 @@ struct Centre {
     bool agrees;        // no teacher logit is above the one at a
 };
 
-struct Element {
-    Vec s, t, d, e_s, e_t;  // e_t = exp(t - t_max)
+struct Logits {
+    Vec s, t, d;  // centred
 };
-
-template <bool DELTA>
-inline Element element(Vec z_s, Vec second, const Centre& centre, float inverse_t) {
-    Element e;
-    const Vec student = z_s - centre.z_s, other = second - centre.second;
-    e.s = student * inverse_t;
-    e.d = (DELTA ? other : student - other) * inverse_t;  // subtracted first: equal rows give 0, whatever is fused
-    e.t = (DELTA ? student - other : other) * inverse_t;
-    e.e_s = exp_of(e.s);
-    e.e_t = exp_of(e.t - centre.t_max);
-    return e;
-}
 
 // Columns beyond the row's end have no mass on either side.
 template <bool DELTA>
-inline Element element_at(const float* z_s, const float* second, int64_t count, const Centre& centre, float inverse_t) {
-    return element<DELTA>(load(z_s, count, -INFINITY), load(second, count, DELTA ? 0.0f : -INFINITY), centre, inverse_t);
+inline Logits logits_at(const float* z_s, const float* second, int64_t count, const Centre& centre, float inverse_t) {
+    const Vec student = load(z_s, count, -INFINITY) - centre.z_s;
+    const Vec other = load(second, count, DELTA ? 0.0f : -INFINITY) - centre.second;
+    // subtracted first: equal rows give 0, whatever is fused
+    return {student * inverse_t, (DELTA ? student - other : other) * inverse_t,
+            (DELTA ? other : student - other) * inverse_t};
 }
 
 template <bool DELTA>
@@ -70,12 +64,12 @@ Centre find_centre(const float* z_s, const float* z_t, const RowOptions& o) {
     return {z_s[a], z_t[a], t_max, t_max <= 0.0f};
 }
 
-// Sums over a row. near: columns with |d| <= 1; far: the others. Teacher terms in units of exp(t_max).
+// Sums over a row. near: columns with |d| <= 1; far: the others, teacher terms in units of exp(t_max).
 template <class Number>
 struct SumsOf {
     Number student{}, near_difference{}, near_remainder{}, near_forward{};
     Number far_teacher{}, far_student{}, far_reverse{}, far_forward{};
-    Number student_moment{}, teacher_moment{};
+    Number student_moment{}, near_moment{}, far_moment{};  // of e^s s, of e^t t, of e^(t - t_max) (t - t_max)
 };
 
 using Sums = SumsOf<double>;
@@ -91,40 +85,55 @@ inline void for_each_sum(SumsOf<To>& to, const SumsOf<From>& from, Change change
     change(to.far_reverse, from.far_reverse);
     change(to.far_forward, from.far_forward);
     change(to.student_moment, from.student_moment);
-    change(to.teacher_moment, from.teacher_moment);
+    change(to.near_moment, from.near_moment);
+    change(to.far_moment, from.far_moment);
 }
 
-// KEEP leaves e^s in z_s and d in z_t.
+// d: 0 where a column is far, and so is e_s.
+template <int KIND>
+inline void add_near(SumsOf<Vec>& block, Vec e_s, Vec d, Vec t) {
+    const Vec k = exp_remainder(d), difference = e_s * (k - d);
+    block.near_difference += difference;
+    block.near_moment += (e_s + difference) * at_least(t, NO_MASS);
+    if (KIND == REVERSE_KL) block.near_remainder += e_s * k;
+    if (KIND == FORWARD_KL) block.near_forward += e_s * (d * d - k * (1.0f + d));  // e^t k(-d)
+}
+
+template <int KIND>
+inline void add_far(SumsOf<Vec>& block, Vec e_s, Vec d, Vec t, Mask near) {  // t: less t_max
+    const Vec e_t = near ? zero() : exp_of(t), student = near ? zero() : e_s;
+    block.far_teacher += e_t;
+    block.far_student += student;
+    block.far_moment += e_t * at_least(t, NO_MASS);
+    if (KIND == REVERSE_KL) block.far_reverse += times(student, d);
+    if (KIND == FORWARD_KL) block.far_forward += times(e_t, d);
+}
+
+// Leaves e^s in row.e_s and, with KEEP, d in row.grad.
 template <bool DELTA, int KIND, bool KEEP>
-Sums sum_row(float* z_s, float* z_t, const RowOptions& o, const Centre& centre) {
-    const Centre at = centre;  // a copy, which no store to a row can change
+Sums sum_row(const Row& where, const RowOptions& o, const Centre& centre) {
+    const Centre at = centre;  // copies, which no store to a row can change
+    const Row row = where;
     const float inverse_t = o.inverse_temperature;
     SumsOf<Wide> lanes;
     for (int64_t begin = 0; begin < o.vocab; begin += BLOCK) {
         const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
         SumsOf<Vec> block;
         for_columns(begin, end, [&](int64_t i, int64_t count) {
-            const Element e = element_at<DELTA>(z_s + i, z_t + i, count, at, inverse_t);
-            const Mask near = magnitude(e.d) <= splat(1.0f);  // false for inf - inf, whose terms are 0 on the far side
-            const Vec d = near ? e.d : zero(), e_near = near ? e.e_s : zero(), k = exp_remainder(d);
-            block.student += e.e_s;
-            block.near_difference += e_near * (k - d);
-            block.far_teacher += near ? zero() : e.e_t;
-            block.far_student += e.e_s - e_near;
-            if (KIND == REVERSE_KL) {
-                block.near_remainder += e_near * k;
-                block.far_reverse += near ? zero() : times(e.e_s, e.d);
+            fetch(row.next_s + i);
+            const Logits z = logits_at<DELTA>(row.z_s + i, row.z_t + i, count, at, inverse_t);
+            const Vec e_s = exp_of(z.s);
+            const Mask near = magnitude(z.d) <= splat(1.0f);  // false for inf - inf, whose terms are 0 on the far side
+            block.student += e_s;
+            block.student_moment += e_s * at_least(z.s, NO_MASS);
+            if (all(near)) {
+                add_near<KIND>(block, e_s, z.d, z.t);
+            } else {
+                add_near<KIND>(block, near ? e_s : zero(), near ? z.d : zero(), near ? z.t : zero());
+                add_far<KIND>(block, e_s, z.d, z.t - at.t_max, near);
             }
-            if (KIND == FORWARD_KL) {
-                block.near_forward += e_near * (d * d - k * (1.0f + d));  // e^t k(-d)
-                block.far_forward += near ? zero() : times(e.e_t, e.d);
-            }
-            block.student_moment += e.e_s * at_least(e.s, -100.0f);
-            block.teacher_moment += e.e_t * at_least(e.t - at.t_max, -100.0f);
-            if (KEEP) {
-                store(z_s + i, e.e_s, count);
-                store(z_t + i, e.d, count);
-            }
+            store(row.e_s + i, e_s, count);
+            if (KEEP) store(row.grad + i, z.d, count);
         });
         for_each_sum(lanes, block, [](Wide& to, Vec from) { to += widen(from); });
     }
@@ -134,16 +143,19 @@ Sums sum_row(float* z_s, float* z_t, const RowOptions& o, const Centre& centre) 
 }
 
 struct Statistics {
-    double teacher;  // Q in units of exp(t_max)
-    double c;        // ln(Q / S)
-    double value;    // of the two KLs; JSD needs another pass
+    double teacher;         // Q in units of exp(t_max)
+    double teacher_moment;  // sum of e^(t - t_max) (t - t_max)
+    double c;               // ln(Q / S)
+    double value;           // of the two KLs; JSD needs another pass
 };
 
 Statistics finish(const Sums& sums, const Centre& centre, int kind) {
     Statistics st;
     const double unit = std::exp(-static_cast<double>(centre.t_max));
     const double difference = unit * (sums.near_difference - sums.far_student) + sums.far_teacher;  // Q - S
+    const double near_teacher = sums.student - sums.far_student + sums.near_difference;
     st.teacher = unit * sums.student + difference;
+    st.teacher_moment = unit * (sums.near_moment - centre.t_max * near_teacher) + sums.far_moment;
     st.c = centre.t_max < 30.0f ? std::log1p(difference / (unit * sums.student))
                                 : centre.t_max + std::log(st.teacher / sums.student);
     st.value = 0;

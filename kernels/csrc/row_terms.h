@@ -11,7 +11,7 @@ namespace {
 template <class Number>
 struct TermsOf {
     Number safe{}, value{};   // sum of safe forms, and of min(f, clip)
-    Number part{};            // reverse: p r, JSD: p ln(p/M), of kept columns; JSD without a clip: KL(p||M)
+    Number part{};            // reverse: p r, JSD: p ln(p/M), of kept columns
     Number kept{}, lost{};    // mass of p, for forward KL of q, on kept and on clipped columns
     Number student_lost{};    // mass of p on clipped columns
 };
@@ -31,9 +31,9 @@ inline void for_each_sum(TermsOf<To>& to, const TermsOf<From>& from, Change chan
 constexpr float CLIPPED = -INFINITY;  // in place of a slope
 
 struct Term {
-    Vec p, q;
+    Vec p, q;  // q only of the two KLs
     Vec f, safe;
-    Vec student, slope;  // of JSD: a term of KL(p||M), and ln(p/M)
+    Vec slope;  // reverse: r, forward: p - q, JSD: ln(p/M)
 };
 
 // What turns an element of a row into probabilities and r.
@@ -41,52 +41,65 @@ struct Normaliser {
     float per_student, per_teacher, c, t_max;
 };
 
-inline Term reverse_term(Vec p, Vec q, Vec r) {
+// Of the two KLs. Columns with |r| <= 1 have q from p, and no term of first order is subtracted.
+template <int KIND>
+inline Term ratio_term(Vec p, Vec r, Vec t, const Normaliser& n) {
     const Mask near = magnitude(r) <= splat(1.0f);
-    const Vec f = times(p, r), safe = near ? p * exp_remainder(near ? r : zero()) : f + (q - p);
-    return {p, q, f, safe, zero(), r};
+    const Vec small = near ? r : zero(), k = exp_remainder(small);
+    Vec q = p + p * (k - small), safe, slope;
+    if (KIND == FORWARD_KL) {
+        safe = p * (small * small - k * (1.0f + small));
+        slope = p * (small - k);
+    } else {
+        safe = p * k;
+        slope = r;
+    }
+    if (!all(near)) q = near ? q : exp_of(t - n.t_max) * n.per_teacher;
+    const Vec f = KIND == FORWARD_KL ? -times(q, r) : times(p, r);
+    if (!all(near)) {
+        safe = near ? safe : f + (KIND == FORWARD_KL ? p - q : q - p);
+        if (KIND == FORWARD_KL) slope = near ? slope : p - q;
+    }
+    return {p, q, f, safe, slope};
 }
 
-inline Term forward_term(Vec p, Vec q, Vec r) {
-    const Mask near = magnitude(r) <= splat(1.0f);
-    const Vec f = -times(q, r), small = near ? r : zero(), k = exp_remainder(small);
-    const Vec safe = near ? p * (small * small - k * (1.0f + small)) : f + (p - q);
-    return {p, q, f, safe, zero(), near ? p * (small - k) : p - q};
-}
-
-// Of the heavier side m = max(p, q) only, so that nothing overflows and no term of first order is subtracted. With
-// w the other side's weight in M, v = 1 - w, y = e^-|r| - 1, k = y + |r|, l(x) = x - ln(1 + x) and l = l(w y):
-//   f = m ((1 + w y) l + w (v y^2 - (1 + y) k))
-//   p ln(p/M) + b (q - p) = p l, or, where the teacher is heavier, q (v y^2 + (1 + y) (l - k))
-// Beyond a distance of 100 the lighter side has no mass left, and a column without mass (r = inf - inf) is put at 0.
-inline Term mixture_term(const Element& e, Vec r, const Normaliser& n, float b) {
+// JSD where its series ends. Of the heavier side m = max(p, q) only, so that nothing overflows. With w the other side's
+// weight in M and u = e^-|r|: M = m (1 + w (u - 1)), and f = -M ln(M/m) - |r| w m u. Beyond a distance of 100 the lighter
+// side has no mass left, and a column without mass (r = inf - inf) is put at 0.
+inline Term far_mixture(Vec p, Vec r, Vec t, const Normaliser& n, float b) {
     const Mask student = r >= zero();
-    const Vec m = exp_of(student ? e.s : e.t - n.t_max) * (student ? splat(n.per_student) : splat(n.per_teacher));
-    const Vec w = student ? splat(b) : splat(1.0f - b), v = student ? splat(1.0f - b) : splat(b);
-    const Vec distance = m == zero() ? zero() : at_most(magnitude(r), 100.0f);
-    const Mask near = distance <= splat(1.0f);
-    const Vec small = near ? distance : zero(), remainder = exp_remainder(small), ratio = exp_of(-distance);
-    const Vec y = near ? remainder - small : ratio - 1.0f, k = near ? remainder : y + distance;
-    const Vec x = w * y, l = log_remainder(x), square = v * y * y, light = m * ratio;
-    const Vec f = m * ((1.0f + x) * l + w * (square - ratio * k));
-    const Vec to_student = m * (student ? l : square + ratio * (l - k));
-    const Vec slope = l - x - (student ? zero() : distance);
-    return {student ? m : light, student ? light : m, f, f, to_student, slope};
+    const Vec m = student ? p : exp_of(t - n.t_max) * n.per_teacher;
+    const Vec w = student ? splat(b) : splat(1.0f - b);
+    const Vec distance = m == zero() ? zero() : at_most(magnitude(r), -NO_MASS);
+    const Vec u = exp_of(-distance), x = w * (u - 1.0f), log_m = x - log_remainder(x);
+    const Vec f = -m * ((1.0f + x) * log_m + distance * w * u);
+    return {p, zero(), f, f, (student ? zero() : -distance) - log_m};
+}
+
+inline Term mixture_term(Vec p, Vec r, Vec t, const Normaliser& n, float b, const MixtureSeries& series) {
+    const Mask near = magnitude(r) <= splat(MixtureSeries::REACH);
+    const Vec small = near ? r : zero();
+    const Vec f = p * small * small * polynomial(series.value, small);
+    const Vec slope = small * (b + small * polynomial(series.slope, small));
+    if (all(near)) return {p, zero(), f, f, slope};
+    const Term far = far_mixture(p, r, t, n, b);
+    const Vec either = near ? f : far.f;
+    return {p, zero(), either, either, near ? slope : far.slope};
 }
 
 template <int KIND>
-inline Term term(const Element& e, const Normaliser& n, float beta) {
-    const Vec r = e.d + n.c;
-    if (KIND == JSD) return mixture_term(e, r, n, beta);
-    const Vec p = e.e_s * n.per_student, q = e.e_t * n.per_teacher;
-    return KIND == FORWARD_KL ? forward_term(p, q, r) : reverse_term(p, q, r);
+inline Term term(Vec e_s, const Logits& z, const Normaliser& n, const RowOptions& o) {
+    const Vec p = e_s * n.per_student, r = z.d + n.c;
+    if (KIND == JSD) return mixture_term(p, r, z.t, n, o.beta, o.mixture);
+    return ratio_term<KIND>(p, r, z.t, n);
 }
 
-// Leaves p in z_s, and in z_t r or, for JSD, ln(p/M); on clipped columns CLIPPED or 0. Where p = 0 it may be anything.
-// Forward KL needs p and q again and leaves the rows as they are.
+// From what sum_row left in row.e_s. Leaves the slope in row.grad, unless null: r or, for JSD, ln(p/M); on clipped
+// columns CLIPPED or 0. Where p = 0 it may be anything. Forward KL needs the logits again and leaves nothing.
 template <bool DELTA, int KIND, bool CLIP>
-Terms terms_row(float* z_s, float* z_t, const RowOptions& options, const Centre& centre, const Normaliser& normaliser) {
+Terms terms_row(const Row& where, const RowOptions& options, const Centre& centre, const Normaliser& normaliser) {
     const RowOptions o = options;  // copies, which no store to a row can change
+    const Row row = where;
     const Centre middle = centre;
     const Normaliser n = normaliser;
     const Vec limit = splat(o.clip);
@@ -95,11 +108,12 @@ Terms terms_row(float* z_s, float* z_t, const RowOptions& options, const Centre&
         const int64_t end = begin + BLOCK < o.vocab ? begin + BLOCK : o.vocab;
         TermsOf<Vec> block;
         for_columns(begin, end, [&](int64_t i, int64_t count) {
-            const Element e = element_at<DELTA>(z_s + i, z_t + i, count, middle, o.inverse_temperature);
-            const Term at = term<KIND>(e, n, o.beta);
+            fetch(row.next_t + i);
+            const Logits z = logits_at<DELTA>(row.z_s + i, row.z_t + i, count, middle, o.inverse_temperature);
+            const Term at = term<KIND>(load(row.e_s + i, count, 0), z, n, o);
             Vec slope = at.slope;
             block.safe += at.safe;
-            if (!CLIP) block.part += at.student;
+            if (!CLIP) block.part += times(at.p, at.slope);
             if (CLIP) {
                 const Mask over = at.f > limit;
                 const Vec mass = KIND == FORWARD_KL ? at.q : at.p;
@@ -110,10 +124,7 @@ Terms terms_row(float* z_s, float* z_t, const RowOptions& options, const Centre&
                 block.student_lost += over ? at.p : zero();
                 slope = over ? splat(KIND == JSD ? 0.0f : CLIPPED) : slope;
             }
-            if (KIND != FORWARD_KL) {
-                store(z_s + i, at.p, count);
-                store(z_t + i, slope, count);
-            }
+            if (KIND != FORWARD_KL && row.grad != nullptr) store(row.grad + i, slope, count);
         });
         for_each_sum(lanes, block, [](Wide& to, Vec from) { to += widen(from); });
     }

@@ -12,7 +12,7 @@ namespace {
 
 struct Variant {
     const char* name;
-    RowFunction row;
+    RowFunction run;
 };
 
 // What every processor of the family has: NEON is part of aarch64, and vector.h uses it.
@@ -27,19 +27,19 @@ Variant choose() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return {"avx512", avx512::row};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::row};
+        return {"avx512", avx512::run};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2::run};
 #endif
-    return {BASELINE, generic::row};
+    return {BASELINE, generic::run};
 }
 
 Variant variant_named(const char* name) {
     const Variant best = choose();
     if (name == nullptr) return best;
 #if defined(OPSD_X86_VARIANTS)
-    if (name[0] == 'a' && name[3] == '2' && best.row != generic::row) return {"avx2", avx2::row};
+    if (name[0] == 'a' && name[3] == '2' && best.run != generic::run) return {"avx2", avx2::run};
 #endif
-    return name[0] == 'g' ? Variant{BASELINE, generic::row} : best;
+    return name[0] == 'g' ? Variant{BASELINE, generic::run} : best;
 }
 
 Variant current = variant_named(nullptr);
@@ -58,16 +58,21 @@ OPSD_EXPORT void opsd_rows_run(
     int is_delta, int kind, float beta, float inverse_temperature, float clip,
     const int64_t* tokens, const float* scale, float* grad, int64_t stride_grad,
     float* results, int64_t stride_results, int threads) {
-    const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature, clip};
-    const RowFunction row = current.row;
+    const RowOptions options{vocab, is_delta != 0, kind,          beta, inverse_temperature,
+                             clip,  kind == JSD ? mixture_series(beta) : MixtureSeries{}};
+    const RowFunction run = current.run;
     std::atomic<int64_t> next{0};
     auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1)) < rows;) {
+        std::vector<float> scratch(vocab);
+        for (int64_t i = next.fetch_add(1), following; i < rows; i = following) {
+            following = next.fetch_add(1);
+            const int64_t ahead = std::min(following, rows - 1);
             float* target = grad == nullptr ? nullptr : grad + i * stride_grad;
             const bool left_out = scale[i] == 0.0f;  // its gradient is 0, whatever its logits hold
-            const int64_t token = tokens == nullptr ? NO_TOKEN : tokens[i];
-            const RowResult r = row(z_s + i * stride_s, z_t + i * stride_t, options, token, scale[i],
-                                    left_out ? nullptr : target);
+            Row row{z_s + i * stride_s, z_t + i * stride_t, left_out ? nullptr : target, scale[i],
+                    tokens == nullptr ? NO_TOKEN : tokens[i], scratch.data(),
+                    z_s + ahead * stride_s, z_t + ahead * stride_t};
+            const RowResult r = run(row, options);
             if (left_out && target != nullptr) std::fill_n(target, vocab, 0.0f);
             for (int k = 0; k < RESULTS; ++k) results[k * stride_results + i] = r.of[k];
         }

@@ -10,6 +10,16 @@
 
 enum Kind { REVERSE_KL = 0, FORWARD_KL = 1, JSD = 2 };
 
+// JSD for one beta near r = ln p - ln q = 0:   ln(p/M) = r (b + r slope(r)),   its term f = p r^2 value(r).
+// Coefficients from the constant up, for |r| <= REACH; mixture.cpp makes them.
+struct MixtureSeries {
+    static constexpr int TERMS = 12;
+    static constexpr float REACH = 2.0f;
+    float slope[TERMS], value[TERMS];
+};
+
+MixtureSeries mixture_series(double beta);
+
 struct RowOptions {
     int64_t vocab;
     bool is_delta;         // the second row holds z_s - z_t instead of z_t
@@ -17,6 +27,7 @@ struct RowOptions {
     float beta;            // weight of the teacher in the mixture, JSD only
     float inverse_temperature;
     float clip;            // upper limit of a term of the value; infinity: none
+    MixtureSeries mixture;  // JSD only
 };
 
 constexpr int64_t NO_TOKEN = -1;  // and every other negative one: log-probabilities of 0
@@ -31,11 +42,18 @@ struct RowResult {
     float of[RESULTS];
 };
 
-// One row. z_s and z_t are consumed; grad (may be z_s, may be null) = scale * d value / d (z_s / temperature).
-using RowFunction = RowResult (*)(float* z_s, float* z_t, const RowOptions& options, int64_t token, float scale,
-                                  float* grad);
+struct Row {
+    const float *z_s, *z_t;
+    float* grad;                   // scale * d value / d (z_s / temperature); may be z_s, may be null
+    float scale;
+    int64_t token;
+    float* e_s;                    // scratch of the thread, `vocab` numbers
+    const float *next_s, *next_t;  // the row that the thread takes next, brought to its cache meanwhile
+};
+
+using RowFunction = RowResult (*)(const Row& row, const RowOptions& options);
 
 // The same source, compiled once per instruction set.
-namespace generic { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }
-namespace avx2 { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }
-namespace avx512 { RowResult row(float*, float*, const RowOptions&, int64_t, float, float*); }
+namespace generic { RowResult run(const Row&, const RowOptions&); }
+namespace avx2 { RowResult run(const Row&, const RowOptions&); }
+namespace avx512 { RowResult run(const Row&, const RowOptions&); }

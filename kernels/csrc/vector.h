@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace OPSD_ISA {
 namespace {
 
@@ -21,13 +27,31 @@ typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
 
 typedef double Wide __attribute__((vector_size(8 * LANES)));
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, so that nothing is computed
 inline Wide widen(Vec x) { return __builtin_convertvector(x, Wide); }
 inline Mask bits_of(Vec x) { return (Mask)x; }
 inline Vec with_bits(Mask bits) { return (Vec)bits; }
 inline Vec whole(Mask n) { return __builtin_convertvector(n, Vec); }
 inline float lane(Vec x, int i) { return x[i]; }
 inline double lane(Wide x, int i) { return x[i]; }
+
+// Whether a comparison holds in every lane.
+inline bool all(Mask x) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)x) == 0xffff;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps((__m256)x) == 0xff;
+#elif defined(__aarch64__)
+    return vminvq_u32((uint32x4_t)x) != 0;
+#else
+    int32_t every = -1;
+    for (int i = 0; i < LANES; ++i) every &= x[i];
+    return every != 0;
+#endif
+}
+
+// Asks for a line of memory that is read soon.
+inline void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
 #else
 constexpr int LANES = 1;
 using Vec = float;
@@ -39,6 +63,8 @@ inline Vec whole(Mask n) { return static_cast<float>(n); }
 inline Wide widen(Vec x) { return x; }
 inline float lane(Vec x, int) { return x; }
 inline double lane(Wide x, int) { return x; }
+inline bool all(Mask x) { return x != 0; }
+inline void fetch(const float*) {}
 inline Mask bits_of(Vec x) {
     Mask bits;
     std::memcpy(&bits, &x, sizeof bits);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -58,20 +59,20 @@ OPSD_EXPORT void opsd_rows_run(
     int is_delta, int kind, float beta, float inverse_temperature, float clip,
     const int64_t* tokens, const float* scale, float* grad, int64_t stride_grad,
     float* results, int64_t stride_results, int threads) {
-    const RowOptions options{vocab, is_delta != 0, kind,          beta, inverse_temperature,
-                             clip,  kind == JSD ? mixture_series(beta) : MixtureSeries{}};
+    const MixtureSeries mixture = kind == JSD ? mixture_series(beta) : MixtureSeries{};
+    const RowOptions options{vocab, is_delta != 0, kind, beta, inverse_temperature, clip, mixture};
     const RowFunction run = current.run;
     std::atomic<int64_t> next{0};
     auto work = [&] {
-        std::vector<float> scratch(vocab);
+        const std::unique_ptr<float[]> scratch(new float[vocab]);
         for (int64_t i = next.fetch_add(1), following; i < rows; i = following) {
             following = next.fetch_add(1);
             const int64_t ahead = std::min(following, rows - 1);
             float* target = grad == nullptr ? nullptr : grad + i * stride_grad;
             const bool left_out = scale[i] == 0.0f;  // its gradient is 0, whatever its logits hold
-            Row row{z_s + i * stride_s, z_t + i * stride_t, left_out ? nullptr : target, scale[i],
-                    tokens == nullptr ? NO_TOKEN : tokens[i], scratch.data(),
-                    z_s + ahead * stride_s, z_t + ahead * stride_t};
+            const Row row{z_s + i * stride_s, z_t + i * stride_t, left_out ? nullptr : target, scale[i],
+                          tokens == nullptr ? NO_TOKEN : tokens[i], scratch.get(),
+                          z_s + ahead * stride_s, z_t + ahead * stride_t};
             const RowResult r = run(row, options);
             if (left_out && target != nullptr) std::fill_n(target, vocab, 0.0f);
             for (int k = 0; k < RESULTS; ++k) results[k * stride_results + i] = r.of[k];

@@ -52,12 +52,13 @@ def instruction_set() -> str:
 
 
 def scratch_bytes(vocab: int) -> int:
-    return 0
+    """A row of exponentials for every thread."""
+    return 4 * vocab * torch.get_num_threads()
 
 
 def run(
     z_s: Tensor,  # (n, V) fp32, consumed
-    z_t: Tensor,  # (n, V) fp32, consumed; holds z_s - z_t when is_delta
+    z_t: Tensor,  # (n, V) fp32; holds z_s - z_t when is_delta
     is_delta: bool,
     divergence: Divergence,
     scale: Tensor,  # (n,) fp32 weight of each row's gradient

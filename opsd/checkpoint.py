@@ -36,7 +36,21 @@ class Checkpoint:
     step: int  # updates done
 
 
-def save(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, teacher: Teacher, keep: int) -> Path:
+@dataclass(frozen=True)
+class State:
+    """What `save` writes beside the processor: every tensor whole."""
+
+    weights: dict[str, Tensor] | None  # of a divided model; None where the module has them
+    trainer: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: LanguageModel, optimizer: Optimizer, teacher: Teacher) -> State:
+        """Every process of a divided model has to ask."""
+        weights = None if model.has_adapter else model.weights()
+        return cls(weights, _trainer_state(optimizer, teacher))
+
+
+def save(folder: Path, step: int, model: LanguageModel, state: State, keep: int) -> Path:
     """Write RUN/checkpoints/step-N atomically, point `last` at it, drop all but the newest `keep`."""
     final = _path(folder, step)
     temporary = folder / f".{final.name}.tmp"
@@ -44,8 +58,8 @@ def save(folder: Path, step: int, model: LanguageModel, optimizer: Optimizer, te
         shutil.rmtree(left)
     with writing(temporary):
         temporary.mkdir(parents=True)
-        _save_model(model, temporary)
-        save_file(_trainer_state(optimizer, teacher), temporary / "trainer.safetensors")
+        _save_model(model, state.weights, temporary)
+        save_file(state.trainer, temporary / "trainer.safetensors")
         (temporary / "trainer.json").write_text(json.dumps({"format": _FORMAT, "step": step}))
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from before it
@@ -85,14 +99,14 @@ def restore_teacher(checkpoint: Checkpoint, teacher: Teacher) -> None:
         if name not in saved or saved[name].shape != own.shape:
             expected = f"teacher tensor {name} of shape {tuple(own.shape)}"
             raise InputError(expected, "none like it", file=_trainer_file(checkpoint))
-        own.copy_(saved[name])
+    teacher.load_state(saved)
 
 
-def _save_model(model: LanguageModel, folder: Path) -> None:
+def _save_model(model: LanguageModel, weights: dict[str, Tensor] | None, folder: Path) -> None:
     if model.has_adapter:  # the base stays where it is; adapter_config.json names it
         model.module.save_pretrained(folder, save_embedding_layers=False)
     else:
-        model.module.save_pretrained(folder)
+        model.module.save_pretrained(folder, state_dict=weights)
     for name, content in model.processor_files.items():
         (folder / name).write_bytes(content)
 

@@ -30,6 +30,7 @@ class Group:
     scores: dict[str, float]  # sums over responses of what the answers are worth; none for gold answers
     advantages: Tensor | None = None  # (R,) fp32, of every response
     again: tuple[bool, ...] = ()  # of every prompt: another pass of the step has responses to it too
+    idle: bool = False  # counts for nothing: its pass keeps step with other processes
 
     @property
     def rows(self) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from opsd.features import Towers
 from opsd.integrations.hf import output_head, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
+from opsd.sharding import Shards, whole
 from opsd_kernels import Head
 
 
@@ -67,6 +68,7 @@ class LanguageModel:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
         self.fused = False  # layers are Liger's
+        self.shards: Shards | None = None  # of a model that is divided among processes
         self.has_adapter = config.adapter == "lora"
         self.towers = Towers(self._base, engine.feature_cache_mib)
         self.end_ids = _end_ids(module, self.tokenizer)
@@ -110,7 +112,7 @@ class LanguageModel:
         hook = self._base.get_decoder().register_forward_pre_hook(before_decoder, with_kwargs=True)
         try:
             with skip_head(self.module) as hidden, self._autocast():
-                output = self.module(**inputs)
+                output = self._base(**inputs)
         finally:
             hook.remove()
         positions = seen[-1]
@@ -125,9 +127,9 @@ class LanguageModel:
         no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
         at = positions[:, None] if self.axes > 1 else positions
         with self._autocast():
-            if media:
+            if media or self.shards is not None:  # units are gathered by the forward of the whole
                 with skip_head(self.module) as seen:
-                    self.module(
+                    self._base(
                         input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed, **media
                     )
                 hidden = seen[-1]
@@ -155,6 +157,22 @@ class LanguageModel:
             yield
         finally:
             self.module.train(before)
+
+    def divide(self) -> None:
+        """Keep this process's slices of the weights only (FSDP2). Before anything holds on to a parameter."""
+        self.shards = Shards(self._base, self.device, self._mixed)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Every weight of a divided model, whole and in host memory; None where the module has them as they are."""
+        if self.shards is None:
+            return None
+        named = self._base.state_dict(keep_vars=True)
+        found = {id(x): whole(x).cpu() for x in named.values()}  # tied weights stay one tensor
+        return {name: found[id(x)] for name, x in named.items()}
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, every weight is whole."""
+        return self.shards.gathered() if self.shards is not None else nullcontext()
 
     @property
     def _base(self) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opsd.config import OptimConfig
 from opsd.model import LanguageModel
+from opsd.sharding import divided, whole
 from opsd.world import World
 
 
@@ -36,19 +37,19 @@ class Optimizer:
             group["lr"] = rate
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "lr": rate}
+        return {"grad_norm": whole(norm), "lr": rate}
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""
         state = self.adamw.state
-        return {f"{n}/{key}": t for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
+        return {f"{n}/{key}": whole(t) for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():
             keys = [key for key in tensors if key.rpartition("/")[0] == name]
             if keys:
-                device = {key: "cpu" if key.endswith("/step") else p.device for key in keys}
-                self.adamw.state[p] = {key.rpartition("/")[2]: tensors[key].to(device[key]) for key in keys}
+                state = {key.rpartition("/")[2]: tensors[key] for key in keys}
+                self.adamw.state[p] = {key: t if key == "step" else divided(t, p) for key, t in state.items()}
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

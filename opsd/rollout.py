@@ -50,7 +50,7 @@ class Rollouts:
         seeds: one per prompt. The random number behind token t of response g is a function of (its prompt's seed, g, t)
         alone, so a response does not depend on what else is in the batch, nor on `slots`.
         """
-        with self.model.mode(train=False), few_rows(self.model.module):
+        with self.model.mode(train=False), self.model.gathered(), few_rows(self.model.module):
             if not self.share_prefix:
                 return _plain(self.model, prompts, sampling, seeds)
             return _Loop(self, prompts, sampling, seeds).run()
@@ -215,6 +215,9 @@ class _Loop:
 
 def _capturable(model: LanguageModel) -> bool:
     if model.device.type != "cuda":
+        return False
+    if model.shards is not None:
+        say_once("no CUDA graphs: weights that are gathered for each rollout lie elsewhere each time")
         return False
     decoder, capability = model.module.get_decoder(), torch.cuda.get_device_capability(model.device)
     reason = obstacle(decoder, "bfloat16" in model.compute, capability)

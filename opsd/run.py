@@ -32,7 +32,10 @@ from opsd.teacher_cache import TeacherCache
 from opsd.world import World
 
 # What a resumed run may change: none of it moves a metric that is compared.
-_FREE_TO_CHANGE = ("log.", "checkpoint.", "train.threads", "train.run_dir", "engine.teacher_cache_", "media.workers")
+_FREE_TO_CHANGE = (
+    *("log.", "checkpoint.", "train.threads", "train.parallel", "train.run_dir"),
+    *("engine.teacher_cache_", "media.workers"),
+)
 
 
 @dataclass
@@ -134,6 +137,8 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
     model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
+    if world.size > 1 and config.train.parallel == "fsdp":
+        model.divide()
     builder = PromptBuilder(model.processor, config.prompts, config.media)
     prompts = PromptCache(builder, config.prompts.cache_mib, config.media.workers)
     if config.prompts.verify:  # what fits stays in the cache
@@ -144,7 +149,8 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
             taught = config.evaluate.teacher and can_teach(rows, config.prompts)
             verify(prompts, world.share(rows), VIEWS if taught else VIEWS[:1], skip=skip)
     say_once(what_trains(model.module))
-    _try_loss(model, config)
+    with model.gathered():
+        _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps, world)
     start = 0
@@ -173,9 +179,10 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
 def save(run: Run, step: int) -> None:
     """A checkpoint after `step` updates."""
     keep = run.config.checkpoint.keep
+    state = checkpoint.State.of(run.model, run.optimizer, run.teacher)
     with run.world.in_turn():
         if run.world.main:
-            checkpoint.save(run.directory.checkpoints, step, run.model, run.optimizer, run.teacher, keep)
+            checkpoint.save(run.directory.checkpoints, step, run.model, state, keep)
 
 
 def next_run_dir(name: str, root: Path = Path("runs")) -> Path:

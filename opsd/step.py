@@ -6,11 +6,14 @@ response, then over responses, whatever their size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from opsd.data import Example
 from opsd.engine import response_hidden
-from opsd.group import Group
+from opsd.group import Group, micro_batches
 from opsd.leaks import answer_leaks
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
@@ -39,6 +42,15 @@ def sample(run: Run, examples: list[Example], step: int) -> Group:
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
 
 
+def passes(run: Run, group: Group) -> list[Group]:
+    """The micro-batches of the step. The layers of a divided model are gathered by all processes together, so one that
+    has fewer repeats its last, which then counts for nothing."""
+    parts = micro_batches(run.config, group)
+    if run.model.shards is None:
+        return parts
+    return parts + [replace(parts[-1], idle=True)] * (int(run.world.largest(len(parts))) - len(parts))
+
+
 def teach(run: Run, group: Group) -> tuple[Tensor, Head | None] | None:
     """The teacher's hidden states of the same tokens under its own prompts, and its head; None without a teacher."""
     if group.views is None:
@@ -51,6 +63,8 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sum
     """The loss of one micro-batch, ready for backward."""
     objective, responses = run.config.objective, group.responses
     weights = responses.token_weights / _responses_per_step(run)
+    if group.idle:
+        weights, sums = torch.zeros_like(weights), Sums()
     with run.model.mode(train=True):
         hidden = response_hidden(run.model, group.prompts, responses, run.config.engine.share_prefix)
     head = run.model.head

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opsd.config import TeacherConfig
 from opsd.engine import response_hidden
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.responses import Responses
+from opsd.sharding import alike, divided, own, whole
 from opsd.teacher_cache import TeacherCache
 from opsd_kernels import Head
 
@@ -29,6 +32,7 @@ from opsd_kernels import Head
 class Teacher(Protocol):
     """Whose weights the model wears while it scores."""
 
+    own_head: bool  # where the head is trained, theirs is another
     updates: int | None  # how often they have moved in this process; None where they never do
 
     def weights(self) -> Any:
@@ -38,7 +42,10 @@ class Teacher(Protocol):
         """Follow the student, after an optimizer step."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, by name; empty where the student's checkpoint says it all."""
+        """What a resumed run needs, whole, by name; empty where the student's checkpoint says it all."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state` gave."""
 
 
 def score(
@@ -56,16 +63,20 @@ def score(
 
     The head is None where it is the student's own: the loss then uses the difference of the hidden states.
     """
-    own = model.head.view()
-    with torch.no_grad(), model.mode(train=False), teacher.weights():
+    with torch.no_grad(), model.mode(train=False), teacher.weights(), model.gathered():
         if cache is not None and share_prefix:
             again = again if again is not None else [False] * len(prompts)
             hidden = cache.hidden(model, teacher.updates, prompts, responses, again)
         else:
             hidden = response_hidden(model, prompts, responses, share_prefix)
+        head = model.head
+        if not (teacher.own_head and any(x.requires_grad for x in (head.weight, head.bias) if x is not None)):
+            return hidden, None
         # Outside the context the parameters point at the student's storage again; this detached view does not.
-        head = model.head.view()
-    return hidden, None if head.equals(own) else head
+        view = head.view()
+        if model.shards is not None:  # what was gathered is gone there
+            view = replace(view, weight=view.weight.clone(), bias=None if view.bias is None else view.bias.clone())
+        return hidden, view
 
 
 def build_teacher(config: TeacherConfig, model: LanguageModel) -> Teacher:
@@ -86,6 +97,8 @@ def build_teacher(config: TeacherConfig, model: LanguageModel) -> Teacher:
 
 
 class LiveTeacher:
+    own_head = False
+
     def __init__(self) -> None:
         self.updates: int | None = 0
 
@@ -99,9 +112,13 @@ class LiveTeacher:
     def state(self) -> dict[str, Tensor]:
         return {}
 
+    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
+
 
 class AdapterOffTeacher:
     """The base model under the adapter: nothing to store, nothing to update."""
+
+    own_head = False
 
     def __init__(self, module: Any):
         self.module = module
@@ -117,40 +134,59 @@ class AdapterOffTeacher:
     def state(self) -> dict[str, Tensor]:
         return {}
 
+    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
+
 
 class ShadowTeacher:
     """fp32 copies of the trained parameters: fixed (mu None) or their moving average.
 
     With an adapter and both factors trained this averages A and B apart, which is not the average of A B: the
-    named approximation `teacher.lora_average: factors`.
+    named approximation `teacher.lora_average: factors`. Of divided parameters each process copies its slices.
     """
+
+    own_head = True
 
     def __init__(self, parameters: dict[str, nn.Parameter], mu: float | None):
         self.parameters, self.mu = parameters, mu
         self.updates: int | None = None if mu is None else 0
-        self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
+        self.shadow = {name: own(p.detach()).float().clone() for name, p in parameters.items()}
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        own = {name: p.data for name, p in self.parameters.items()}
+        students = {name: p.data for name, p in self.parameters.items() if not isinstance(p, DTensor)}
+        self._exchange()
         try:
-            for name, p in self.parameters.items():
-                p.data = self.shadow[name].to(p.dtype)  # same dtype: a pointer, not a copy
+            for name in students:
+                self.parameters[name].data = self.shadow[name].to(self.parameters[name].dtype)  # if alike, a pointer
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = own[name]
+            for name, student in students.items():
+                self.parameters[name].data = student
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Swap the contents of slices and shadows: what FSDP2 gathers is a memory of its own, not `p.data`."""
+        for name, p in self.parameters.items():
+            if isinstance(p, DTensor):
+                student = own(p).clone()
+                own(p).copy_(self.shadow[name])
+                self.shadow[name].copy_(student)
 
     @torch.no_grad()
     def update(self) -> None:
         if self.mu is not None:
             self.updates = _next(self.updates)
             shadows = list(self.shadow.values())
-            students = [p.detach().float() for p in self.parameters.values()]
+            students = [own(p.detach()).float() for p in self.parameters.values()]
             torch._foreach_lerp_(shadows, students, 1.0 - self.mu)
 
     def state(self) -> dict[str, Tensor]:
-        return self.shadow
+        return {name: whole(alike(self.shadow[name], p)) for name, p in self.parameters.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            self.shadow[name].copy_(own(divided(tensors[name], p)))
 
 
 class DenseAverageTeacher:
@@ -161,6 +197,8 @@ class DenseAverageTeacher:
     It costs 4 bytes per adapted weight, here and in each checkpoint; `teacher.lora_average: freeze_a` is exact too and
     costs nothing.
     """
+
+    own_head = False
 
     def __init__(self, module: Any, mu: float):
         self.module, self.mu = module, mu
@@ -193,6 +231,10 @@ class DenseAverageTeacher:
 
     def state(self) -> dict[str, Tensor]:
         return self.average
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, average in self.average.items():
+            average.copy_(tensors[name])
 
     @staticmethod
     def _delta(layer: Any) -> Tensor:

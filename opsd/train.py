@@ -18,11 +18,10 @@ from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
 from opsd.errors import InputError
 from opsd.evaluate import measure
-from opsd.group import micro_batches
 from opsd.metrics import Sums, log_step
 from opsd.report import write_report
 from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
-from opsd.step import learn, sample, teach
+from opsd.step import learn, passes, sample, teach
 from opsd.world import World, joined
 
 
@@ -37,7 +36,7 @@ def train(config: Config, resume: bool = False, world: World | None = None) -> R
                 group = sample(run, run.rows(step), step)
             for _ in range(config.objective.updates_per_rollout):
                 sums = Sums()  # the last update's are logged
-                for part in micro_batches(config, group):
+                for part in passes(run, group):
                     with run.clock.phase("teacher"):
                         target = teach(run, part)
                     with run.clock.phase("student"):

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opsd.errors import InputError
 
@@ -99,10 +100,10 @@ class World:
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by the sum over the processes. A parameter that nobody used keeps none, and one that
-        this process did not use counts as zero."""
+        this process did not use counts as zero. FSDP2 has added up those of divided parameters."""
         if self.size == 1:
             return
-        every = list(parameters)
+        every = [p for p in parameters if not isinstance(p, DTensor)]
         used = torch.tensor([p.grad is not None for p in every], dtype=torch.int32)
         torch.distributed.all_reduce(used)
         chosen = [p for p, count in zip(every, used.tolist(), strict=True) if count]

@@ -19,14 +19,19 @@ from tests.test_resume import metrics, weights
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
-SHORT = "train.steps=6"
+SHORT = "train.steps=3"
+FSDP = ["train.parallel=fsdp"]
 VARIANTS = {
     "full": [],
     "lora": ["model.adapter=lora", "teacher.lora_average=factors", SHORT],
-    "hybrid": ["objective.alpha=0.5", "teacher.kind=frozen", SHORT],
     "reward": ["objective.kind=reward", "objective.updates_per_rollout=2", SHORT],
+    "fsdp": FSDP,
+    "fsdp-lora": [*FSDP, "model.adapter=lora", "teacher.lora_average=factors", SHORT],
+    "fsdp-parts": [*FSDP, "objective.alpha=0.5", "teacher.kind=frozen", "engine.token_budget=40", SHORT],
     "sft": ["objective.kind=sft", "objective.teacher_view_fraction=0.5", SHORT],
 }
+
+ALONE = {"fsdp": "full", "fsdp-lora": "lora"}  # the run of one process to compare with, where it is not its namesake
 
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
@@ -52,14 +57,15 @@ def runs(tmp_path_factory) -> Path:
     config.write_text(f"model: {{path: {folder / 'model'}}}\n")
     two = []
     for name, more in VARIANTS.items():
-        assert main([str(config), *words(folder, f"{name}-1", *more)]) == 0
+        if name not in ALONE:
+            assert main([str(config), *words(folder, f"{name}-1", *more)]) == 0
         two.append([str(config), *words(folder, f"{name}-2", *more)])
     first_half = "train.steps=10"
     assert main([str(config), *words(folder, "1-to-2", first_half)]) == 0
-    two.append(["--resume", str(folder / "1-to-2"), f"train.steps={STEPS}"])
-    two.append([str(config), *words(folder, "2-to-1", first_half)])
+    two.append(["--resume", str(folder / "1-to-2"), *FSDP, f"train.steps={STEPS}"])
+    two.append([str(config), *words(folder, "2-to-1", *FSDP, first_half)])
     train_together(2, *two)
-    assert main(["--resume", str(folder / "2-to-1"), f"train.steps={STEPS}"]) == 0
+    assert main(["--resume", str(folder / "2-to-1"), "train.parallel=ddp", f"train.steps={STEPS}"]) == 0
     return folder
 
 
@@ -80,7 +86,7 @@ def close(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_train_as_one_does(runs, name):
-    close(runs / f"{name}-2", runs / f"{name}-1")
+    close(runs / f"{name}-2", runs / f"{ALONE.get(name, name)}-1")
 
 
 @pytest.mark.parametrize("name", ["1-to-2", "2-to-1"])
@@ -91,7 +97,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, name):
 def test_the_first_process_alone_writes(runs):
     for name in VARIANTS:
         found = sorted(p.name for p in (runs / f"{name}-2").iterdir())
-        assert found == sorted(p.name for p in (runs / f"{name}-1").iterdir())
+        assert found == sorted(p.name for p in (runs / f"{ALONE.get(name, name)}-1").iterdir())
 
 
 def torchrun(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:

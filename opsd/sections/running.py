@@ -37,4 +37,8 @@ class TrainConfig(Section):
     run_dir: Local | None = Field(
         default=None, description="Folder of the run; null takes the next free runs/<name>-NNN."
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="Under torchrun: ddp keeps the whole model on every process, fsdp a slice of it (FSDP2).",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null leaves torch's choice.")

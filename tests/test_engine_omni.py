@@ -1,4 +1,4 @@
-"""The engine on a real Qwen2.5-Omni thinker with faces and voices: 3-axis positions, towers, generate, reload."""
+"""The engine on a real Qwen2.5-Omni thinker with videos and voices: 3-axis positions, towers, generate, reload."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def setting(tmp_path_factory):
     examples = read_examples(rows, load_config(None, ["model.path=x"]).data)
     texts = [t for e in examples for t in (e.rationale, e.answer, e.subtitle)]
     build(folder / "model", texts, SIZE, seed=0)
-    config = load_config(None, [f"model.path={folder / 'model'}"])
+    media = ("media.frames=4", "media.min_pixels=2304", "media.max_pixels=2304")
+    config = load_config(None, [f"model.path={folder / 'model'}", *media])
     model = load_model(config.model)
     torch.manual_seed(0)
     with torch.no_grad():  # larger weights: a flat model would hide a wrong position or a lost medium
@@ -38,18 +39,20 @@ def setting(tmp_path_factory):
     return model, [builder.student(examples[0]), builder.teacher(examples[1]), builder.student(examples[2])]
 
 
-def test_prompts_carry_image_and_audio(setting):
+def test_prompts_carry_video_and_audio(setting):
     model, prompts = setting
     ids = prompts[0].inputs["input_ids"][0].tolist()
     config = model.module.config
-    assert ids.count(config.image_token_id) == 9 and ids.count(config.audio_token_id) > 4
-    assert {"pixel_values", "image_grid_thw", "input_features", "feature_attention_mask"} <= prompts[0].inputs.keys()
+    assert ids.count(config.video_token_id) == 18 and ids.count(config.audio_token_id) > 4
+    assert {"pixel_values_videos", "video_grid_thw", "video_second_per_grid"} <= prompts[0].inputs.keys()
+    assert {"input_features", "feature_attention_mask"} <= prompts[0].inputs.keys()
 
 
 def test_responses_continue_from_the_largest_position(setting):
     model, prompts = setting
     for prompt, stored in zip(prompts, prefill(model, prompts), strict=True):
-        kwargs = {k: v for k, v in prompt.inputs.items() if k in ("input_ids", "attention_mask", "image_grid_thw")}
+        kwargs = {k: v for k, v in prompt.inputs.items() if k in ("input_ids", "attention_mask", "video_grid_thw")}
+        kwargs["second_per_grids"] = prompt.inputs["video_second_per_grid"]
         audio = prompt.inputs["feature_attention_mask"].sum(-1)
         positions, _ = model.module.get_rope_index(**kwargs, audio_seqlens=audio)
         assert stored.next_position == positions.max().item() + 1 < prompt.length
@@ -87,11 +90,11 @@ def test_greedy_equals_generate_with_media(setting):
 
 
 def test_media_change_the_answer(setting):
-    """A prefix that lost its image or sound would still pass the equality tests."""
+    """A prefix that lost its video or sound would still pass the equality tests."""
     model, prompts = setting
     responses = Responses.pack([[30, 31]], 1, model.pad_id, model.device)
     base = response_hidden(model, prompts[:1], responses)
-    for name in ("pixel_values", "input_features"):
+    for name in ("pixel_values_videos", "input_features"):
         inputs = dict(prompts[0].inputs)
         inputs[name] = inputs[name].flip(0, -1)
         changed = response_hidden(model, [type(prompts[0])(inputs, prompts[0].text)], responses)

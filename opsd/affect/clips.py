@@ -1,4 +1,4 @@
-"""The procedural affect set: rows (JSONL) and their media (PNG, WAV), written as a user's own data would be."""
+"""The procedural affect set: rows (JSONL) and their videos with sound, written as a user's own data would be."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from opsd.affect.cues import FACES, LABELS, PAIRS, VOICES, Face, Voice
-from opsd.affect.faces import FaceRange, draw
+from opsd.affect.faces import FaceRange, film
 from opsd.affect.rationales import every_phrase, write_answer, write_rationale
-from opsd.affect.voices import VoiceRange, speak, write_wav
+from opsd.affect.video_files import write_clip
+from opsd.affect.voices import RATE, VoiceRange, speak
 
 # Said with any emotion: the label is independent of the subtitle, so the text alone is at chance.
 SUBTITLES: Final = (
@@ -29,6 +30,8 @@ SUBTITLES: Final = (
     "Nothing will change.",
     "Look at that.",
 )
+FRAMES: Final = 4
+FRAME_RATE: Final = 5  # a second
 QUESTION: Final = "Which emotion does this person feel? Name the cues, then answer."
 
 
@@ -85,8 +88,8 @@ def make_clip(split: Split, seed: int, index: int) -> tuple[Clip, np.random.Gene
 def to_row(clip: Clip) -> dict[str, Any]:
     """The JSONL row of a clip; media paths are relative to the JSONL file."""
     content = [
-        {"type": "image", "image": f"faces/{clip.id}.png"},
-        {"type": "audio", "audio": f"voices/{clip.id}.wav"},
+        {"type": "video", "video": f"clips/{clip.id}.avi"},
+        {"type": "audio", "audio": f"clips/{clip.id}.avi"},
         {"type": "text", "text": QUESTION},
     ]
     return {
@@ -109,13 +112,12 @@ def every_text() -> list[str]:
 
 def write_split(folder: Path, split: Split, seed: int, size: int) -> Path:
     """Write `size` clips under `folder`; returns the JSONL file. The same arguments give the same bytes."""
-    (folder / "faces").mkdir(parents=True, exist_ok=True)
-    (folder / "voices").mkdir(exist_ok=True)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(size):
         clip, rng = make_clip(split, seed, index)
-        draw(clip.face, split.face, rng).save(folder / "faces" / f"{clip.id}.png", compress_level=1)
-        write_wav(folder / "voices" / f"{clip.id}.wav", speak(clip.voice, split.voice, rng))
+        pictures, sound = film(clip.face, split.face, FRAMES, rng), speak(clip.voice, split.voice, rng)
+        write_clip(folder / "clips" / f"{clip.id}.avi", pictures, FRAME_RATE, sound, RATE)
         lines.append(json.dumps(to_row(clip)) + "\n")
     path = folder / f"{split.name}.jsonl"
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,6 +1,6 @@
 """The embedded job: its clips and its cold-started model, made once and kept, and the config that trains on them.
 
-    CACHE/embedded-KEY/data/     train, validation, test: JSONL, faces/*.png, voices/*.wav
+    CACHE/embedded-KEY/data/     train, validation, test: JSONL, clips/*.avi
     CACHE/embedded-KEY/model/    the cold-started thinker: a folder plain transformers opens
 
 KEY is a hash of the sources, settings and seed that determine the folder. The clips are the same for every seed; the

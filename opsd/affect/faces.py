@@ -1,4 +1,4 @@
-"""A drawn face: cue words -> geometry -> an RGB image. Only Pillow and numpy."""
+"""A drawn face that moves: cue words -> geometry -> RGB pictures. Only Pillow and numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Place: TypeAlias = Callable[[float, float], tuple[float, float]]  # head coordinates -> pixels
 
 SIZE: Final = 64  # pixels a side
-OVERSAMPLE: Final = 3  # drawn larger and reduced, so that lines are smooth
+OVERSAMPLE: Final = 2  # drawn larger and reduced, so that lines are smooth
 
 # word -> (low, high) of one number of the geometry, in units of the head's radius
 BROW_HEIGHT: Final = {"level": (0.36, 0.42), "raised": (0.56, 0.66), "lowered": (0.24, 0.30), "slanted": (0.38, 0.46)}
@@ -37,15 +37,36 @@ class FaceRange:
 
     skin: tuple[float, float] = (0.35, 0.85)  # 0 dark .. 1 light
     radius: tuple[float, float] = (0.36, 0.42)  # of the image side
-    offset: float = 0.04  # of the image side
-    tilt: float = 6.0  # degrees
+    offset: float = 0.04  # of the image side, where the head starts and where it ends
+    tilt: float = 6.0  # degrees, likewise
     background: tuple[float, float] = (0.3, 0.8)  # grey level
     line: tuple[float, float] = (0.035, 0.05)  # of the image side
     noise: float = 0.02  # standard deviation, of full scale
 
 
-def draw(face: Face, look: FaceRange, rng: np.random.Generator) -> Image:
-    """One face, [SIZE, SIZE] RGB. Every number not fixed by a cue word comes from `look`."""
+def film(face: Face, look: FaceRange, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """[frames, SIZE, SIZE, 3] uint8: the head drifts and tilts from one place to another, its cues stay.
+
+    Every number not fixed by a cue word comes from `look`.
+    """
+    from PIL import Image as Pillow
+
+    canvas, ground = _still(face, look, rng)
+    shift = canvas.width * rng.uniform(-look.offset, look.offset, size=(2, 2))  # at the start, at the end
+    tilt = rng.uniform(-look.tilt, look.tilt, size=2)
+    shown = []
+    for place in np.linspace(0.0, 1.0, frames):
+        turned = canvas.rotate(
+            tilt @ (1 - place, place), Pillow.Resampling.BILINEAR, translate=tuple((1 - place, place) @ shift),
+            fillcolor=ground,
+        )  # fmt: skip
+        shown.append(np.asarray(turned.resize((SIZE, SIZE), Pillow.Resampling.BOX)))
+    pixels = np.stack(shown) + 255 * look.noise * rng.standard_normal((frames, SIZE, SIZE, 3), np.float32)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def _still(face: Face, look: FaceRange, rng: np.random.Generator) -> tuple[Image, tuple[int, ...]]:
+    """The face upright in the middle, OVERSAMPLE times as large, and the colour around it."""
     from PIL import Image as Pillow
     from PIL import ImageDraw as Draw
 
@@ -58,12 +79,11 @@ def draw(face: Face, look: FaceRange, rng: np.random.Generator) -> Image:
     canvas = Pillow.new("RGB", (side, side), ground)
     pen = Draw.Draw(canvas)
     radius = side * rng.uniform(*look.radius)
-    centre = side / 2 + side * rng.uniform(-look.offset, look.offset, size=2)
     width = max(2, round(side * rng.uniform(*look.line)))
 
     def at(x: float, y: float) -> tuple[float, float]:
         """Head coordinates (right, up; radius 1) -> pixels."""
-        return centre[0] + radius * x, centre[1] - radius * y
+        return side / 2 + radius * x, side / 2 - radius * y
 
     def oval(
         x: float, y: float, rx: float, ry: float, fill: tuple[int, ...], outline: tuple[int, ...] | None = None
@@ -85,11 +105,7 @@ def draw(face: Face, look: FaceRange, rng: np.random.Generator) -> Image:
     if face.tear:
         oval(0.42, -0.18, 0.06, 0.14, (90, 150, 250))
     _mouth(pen, at, face.mouth, curve, width, ink)
-    degrees = rng.uniform(-look.tilt, look.tilt)
-    canvas = canvas.rotate(degrees, resample=Pillow.Resampling.BILINEAR, fillcolor=ground)
-    pixels = np.asarray(canvas.resize((SIZE, SIZE), Pillow.Resampling.BOX), dtype=np.float64)
-    pixels = pixels + 255 * look.noise * rng.standard_normal(pixels.shape)
-    return Pillow.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    return canvas, ground
 
 
 def _mouth(pen: ImageDraw, at: Place, word: str, curve: float, width: int, ink: tuple[int, ...]) -> None:

@@ -43,7 +43,7 @@ CHAT_TEMPLATE: Final = (
 
 @dataclass(frozen=True)
 class TinySize:
-    """Widths and depths. An image becomes (image/patch/2)^2 tokens, a second of sound 4000/hop tokens."""
+    """Widths and depths. An image, or two frames, are (image/patch/2)^2 tokens, a second of sound 4000/hop tokens."""
 
     width: int = 128
     inner: int = 256
@@ -192,6 +192,7 @@ def build(folder: Path, texts: Iterable[str], size: TinySize, seed: int) -> None
     build_model(tokenizer, size, seed).save_pretrained(folder)
     settings = preprocessor_config(size)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    video = {k: v for k, v in settings.items() if k in ("patch_size", "merge_size", "temporal_patch_size", "size")}
+    shared = ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean", "image_std")
+    video = {name: settings[name] for name in shared}
     video["video_processor_type"] = "Qwen2VLVideoProcessor"
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")

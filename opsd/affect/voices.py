@@ -5,9 +5,7 @@ A sum of the harmonics of a gliding pitch, weighted by three formants and an env
 
 from __future__ import annotations
 
-import wave
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -75,12 +73,3 @@ def speak(voice: Voice, look: VoiceRange, rng: np.random.Generator) -> np.ndarra
     sound *= rng.uniform(*LOUDNESS[voice.volume]) / np.abs(sound).max()
     sound += rng.uniform(*look.noise) * rng.standard_normal(n)
     return np.clip(sound, -1, 1).astype(np.float32)
-
-
-def write_wav(path: Path, sound: np.ndarray) -> None:
-    """Write [samples] in -1..1 as 16-bit mono PCM at 16 kHz."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(np.rint(sound * 32767).astype("<i2").tobytes())

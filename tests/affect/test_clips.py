@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opsd.affect.clips import TEST, TRAIN, VALIDATION, Clip, every_text, make_clip, to_row, write_split
+from opsd.affect.clips import FRAMES, TEST, TRAIN, VALIDATION, Clip, every_text, make_clip, to_row, write_split
 from opsd.affect.cues import FACES, LABELS, PAIRS, VOICES, label_of
-from opsd.affect.faces import FaceRange, draw
+from opsd.affect.faces import FaceRange, film
 from opsd.affect.rationales import read_rationale
 from opsd.affect.voices import RATE, VoiceRange, speak
 from opsd.config import DataConfig
 from opsd.data import read_examples
+from opsd.media import load_audio, load_video
 
 N = 600
 
@@ -51,7 +52,7 @@ def test_rows_are_valid_and_clips_do_not_depend_on_the_size(tmp_path: Path) -> N
     examples = read_examples(path, DataConfig(labels=LABELS))
     assert [e.label for e in examples] == [*LABELS, *LABELS]
     assert all(e.rationale and e.answer and e.subtitle for e in examples)
-    assert {kind for e in examples for _, kind, file in e.media() if file.exists()} == {"image", "audio"}
+    assert {kind for e in examples for _, kind, file in e.media() if file.exists()} == {"video", "audio"}
     short = write_split(tmp_path / "6", TRAIN, 0, 6)
     assert path.read_text().startswith(short.read_text())
 
@@ -61,7 +62,7 @@ def test_splits_share_no_clip(tmp_path: Path) -> None:
     for split in (TRAIN, VALIDATION, TEST):
         write_split(tmp_path / split.name, split, 0, 12)
         hashes += [h for name, h in folder_hash(tmp_path / split.name).items() if not name.endswith("jsonl")]
-    assert len(hashes) == len(set(hashes)) == 3 * 12 * 2
+    assert len(hashes) == len(set(hashes)) == 3 * 12
 
 
 def test_rationales_are_truthful_and_do_not_say_the_label(clips: list[Clip]) -> None:
@@ -105,13 +106,28 @@ def test_every_word_of_a_row_is_in_the_texts(clips: list[Clip]) -> None:
 
 def test_a_drawn_cue_changes_the_picture_where_it_should() -> None:
     """Same looks, another mouth: only the lower half of the face differs."""
-    still = FaceRange(tilt=0.0, noise=0.0)
+    still = FaceRange(tilt=0.0, offset=0.0, noise=0.0)
     smiling, frowning = (
-        np.asarray(draw(FACES["smiling"]._replace(mouth=mouth), still, np.random.default_rng(3))).astype(int)
+        film(FACES["smiling"]._replace(mouth=mouth), still, 1, np.random.default_rng(3))[0].astype(int)
         for mouth in ("curved", "drooping")
     )
     difference = np.abs(smiling - frowning).sum((1, 2))
     assert difference[36:].sum() > 0.99 * difference.sum() > 0
+
+
+def test_the_head_moves_and_a_file_holds_what_was_drawn_and_said(tmp_path: Path) -> None:
+    path = write_split(tmp_path, VALIDATION, 0, 3)
+    moved = []
+    for index, line in enumerate(path.read_text().splitlines()):
+        clip, rng = make_clip(VALIDATION, 0, index)
+        pictures, said = film(clip.face, VALIDATION.face, FRAMES, rng), speak(clip.voice, VALIDATION.voice, rng)
+        file = tmp_path / json.loads(line)["prompt"][0]["content"][0]["video"]
+        video = load_video(file, FRAMES)
+        assert video.seconds == pytest.approx((0.0, 0.2, 0.4, 0.6)) and len(video.frames) == len(pictures)
+        assert np.abs(video.frames.astype(int) - pictures).mean() < 8  # the codec has half the colours' resolution
+        np.testing.assert_allclose(load_audio(file, RATE), said, atol=1e-4)
+        moved.append(np.abs(pictures[-1].astype(int) - pictures[0]).mean())
+    assert min(moved) > 4  # noise alone is below
 
 
 def test_spoken_cues_are_in_the_sound() -> None:
@@ -135,5 +151,5 @@ def test_jsonl_paths_are_relative(tmp_path: Path) -> None:
     path = write_split(tmp_path, VALIDATION, 0, 1)
     row = json.loads(path.read_text())
     parts = row["prompt"][0]["content"]
-    assert [part["type"] for part in parts] == ["image", "audio", "text"]
-    assert (tmp_path / parts[0]["image"]).is_file() and (tmp_path / parts[1]["audio"]).is_file()
+    assert [part["type"] for part in parts] == ["video", "audio", "text"]
+    assert parts[0]["video"] == parts[1]["audio"] and (tmp_path / parts[0]["video"]).is_file()

@@ -14,10 +14,11 @@ from opsd.affect.embedded import vocabulary
 from opsd.affect.tiny import MEDIA_TOKENS, START, TAGS, TinySize, build, build_model
 from opsd.config import load_config
 from opsd.data import Example, read_examples
-from opsd.media import load_audio, load_image
+from opsd.media import load_audio, load_video
 from opsd.processing import load_processor
 from opsd.prompts import PromptBuilder
 
+SMALL = ("media.frames=4", "media.min_pixels=1024", "media.max_pixels=1024")
 SIZE = TinySize(width=32, inner=64, layers=2, heads=2, vision_width=32, audio_width=32)
 
 
@@ -42,15 +43,20 @@ def test_plain_transformers_reloads_the_same_logits(folder: Path, examples: list
         WhisperFeatureExtractor,
     )
 
-    config = load_config(None, [f"model.path={folder}"])
+    config = load_config(None, [f"model.path={folder}", *SMALL])
     builder = PromptBuilder(load_processor(folder), config.prompts, config.media)
     ours = builder.student(examples[0]).inputs
-    image, sound = (path for _, _, path in examples[0].media())
-    pixels = Qwen2VLImageProcessorPil.from_pretrained(folder)(load_image(image), return_tensors="pt")
+    film, sound = (path for _, _, path in examples[0].media())
+    size = {"shortest_edge": 1024, "longest_edge": 1024}
+    stills = list(load_video(film, 4).frames)
+    pixels = Qwen2VLImageProcessorPil.from_pretrained(folder)(stills, size=size, return_tensors="pt")["pixel_values"]
     mel = WhisperFeatureExtractor.from_pretrained(folder)(
         load_audio(sound, 16_000), sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
     )
-    assert torch.equal(pixels["pixel_values"], ours["pixel_values"])
+    pairs = pixels.view(2, 2, 16, 3, 2, 64)[..., 0, :].permute(0, 2, 3, 1, 4)  # two frames side by side in each patch
+    one_level = 1 / 255 / 0.25  # Pillow and torch round the same filter differently
+    found = ours["pixel_values_videos"].view(2, 16, 3, 2, 64)
+    torch.testing.assert_close(found, pairs, rtol=0, atol=2.01 * one_level)
     length = int(mel["attention_mask"].sum())
     assert int(ours["feature_attention_mask"].sum()) == length
     torch.testing.assert_close(mel["input_features"][..., :length], ours["input_features"][..., :length])
@@ -85,7 +91,7 @@ def test_no_word_of_the_job_is_unknown(folder: Path, examples: list[Example]) ->
     processor = load_processor(folder)
     tokenizer = processor.tokenizer
     for privilege in ("rationale", "label"):
-        config = load_config(None, [f"model.path={folder}", f"prompts.privilege={privilege}"])
+        config = load_config(None, [f"model.path={folder}", f"prompts.privilege={privilege}", *SMALL])
         builder = PromptBuilder(processor, config.prompts, config.media)
         for example in examples:
             assert tokenizer.unk_token_id not in builder.teacher(example).inputs["input_ids"]

@@ -63,18 +63,19 @@ def test_the_same_seed_draws_the_same_rows_and_more_than_there_are_is_all(finish
     assert ids(page_of(finished, "--clips", "99", "--split", "train")) == [f"row-{i}" for i in range(7)]
 
 
-def test_a_run_of_faces_and_voices(tmp_path):
+def test_a_run_of_videos_and_voices(tmp_path):
     rows = write_split(tmp_path, TEST, seed=0, size=3)
     data = read_examples(rows, load_config(None, ["model.path=x"]).data)
     texts = [t for row in data for t in (row.rationale, row.answer, row.subtitle, PromptsConfig().teacher_template)]
     size = TinySize(width=32, inner=64, layers=1, heads=2, vision_width=32, audio_width=32)
     build(tmp_path / "model", [t for t in texts if t], size, seed=0)
     words = [f"model.path={tmp_path / 'model'}", f"data.train={rows}", f"data.validation={rows}", "train.steps=1"]
+    words += ["media.frames=4", "media.min_pixels=1024", "media.max_pixels=1024"]
     words += [f"train.run_dir={tmp_path / 'run'}", "train.prompts_per_step=2", "rollout.max_new_tokens=6"]
     train(load_config(None, [*words, "log.progress=none"]))
     page = page_of(tmp_path / "run", "--out", str(tmp_path / "run" / "report.html"))
     assert ids(page) == [row.id for row in data]
-    assert len(page.all("img")) == len(page.all("audio")) == 3
+    assert len(page.all("img")) == 3 * 4 and len(page.all("audio")) == 3  # four frames of each clip, and its voice
     assert all(token["teacher"] and token["d"] >= 0 for answer in page.data()["answers"] for token in answer)
     assert (tmp_path / "run" / "report.html").stat().st_size < 1e6
 

@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible endpoint: one request, its retries, and what it cost.
+"""A model behind an OpenAI-compatible endpoint: one request, its retries, and what it cost.
 
 Passing failures (HTTP 408, 409, 429, 5xx, a connection that breaks or says nothing, a reply that is no JSON) are tried
 again after 0.5 * 2^n seconds, up to a minute, times a random factor of 0.5 to 1.5, and not before `Retry-After`.
@@ -14,15 +14,16 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from opsd.errors import InputError
 from opsd.pace import Clock, Pace
 
+T = TypeVar("T")
 _PASSING: Final = {408, 409, 429, *range(500, 600)}
 _PATIENCE: Final = 600.0  # seconds; an endpoint that asks for a longer wait has refused
 
@@ -83,28 +84,42 @@ class ChatClient:
         settings: more of the body (max_tokens, ...). tokens: an estimate of what the request costs, for the pace.
         """
         body = {"model": self.endpoint.model, "messages": messages, **settings}
+
+        def read(raw: bytes) -> Reply:
+            return _read(json.loads(raw), self.endpoint.model)
+
+        reply, admission = self._ask("chat/completions", body, read, tokens)
+        if reply.prompt_tokens is not None:
+            self.pace.settle(admission, reply.prompt_tokens + (reply.reply_tokens or 0))
+        return reply
+
+    def post(self, path: str, body: Mapping[str, Any] | None, read: Callable[[bytes], T]) -> T:
+        """What `read` makes of the answer of URL/path; body: JSON, or None for a GET. Raises `RefusedError`.
+
+        read raises ValueError, LookupError or TypeError for an answer that it cannot take, which is asked for again.
+        """
+        return self._ask(path, body, read, 0)[0]
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None, read: Callable[[bytes], T], tokens: int) -> tuple[T, Any]:
+        """The answer, and the pace's admission that it came by."""
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
-        url = f"{self.endpoint.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        url = f"{self.endpoint.url.rstrip('/')}/{path}"
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
         for attempt in range(self.endpoint.tries):
             admission = self.pace.admit(tokens)
             try:
-                reply = self._once(request)
+                return self._once(request, read), admission
             except _PassingError as error:
                 wait = max(error.wait, min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5))
                 if attempt == self.endpoint.tries - 1 or wait > _PATIENCE:
                     later = f"; it asks to wait {error.wait:.0f} s" if wait > _PATIENCE else ""
                     raise RefusedError(error.refused.reason + later, error.refused.status) from error
                 self.clock.sleep(wait)
-            else:
-                if reply.prompt_tokens is not None:
-                    self.pace.settle(admission, reply.prompt_tokens + (reply.reply_tokens or 0))
-                return reply
         raise AssertionError("the last try returns or raises")
 
-    def _once(self, request: urllib.request.Request) -> Reply:
+    def _once(self, request: urllib.request.Request, read: Callable[[bytes], T]) -> T:
         try:
             with self._opener.open(request, timeout=self.endpoint.timeout) as answer:
                 raw = answer.read()
@@ -117,7 +132,7 @@ class ChatClient:
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
             raise _PassingError(RefusedError(self._without_key(f"no reply: {reason}"))) from error
         try:
-            return _read(json.loads(raw), self.endpoint.model)
+            return read(raw)
         except (ValueError, LookupError, TypeError) as error:
             found = self._without_key(raw[:200].decode("utf-8", "replace")).strip()
             raise _PassingError(RefusedError(f"a reply that is no chat completion: {found!r}")) from error

@@ -27,6 +27,7 @@ from opsd.prompt_cache import VIEWS, PromptCache, verify
 from opsd.prompts import PromptBuilder, can_teach
 from opsd.rollout import Rollouts
 from opsd.say import say_once
+from opsd.served import ServedRollouts, check_text_only
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 from opsd.teacher_cache import TeacherCache
 from opsd.world import World
@@ -46,7 +47,7 @@ class Run:
     held_out: dict[str, list[Example]]  # "test", "validation"
     prompts: PromptCache
     model: LanguageModel
-    rollouts: Rollouts
+    rollouts: Rollouts | ServedRollouts
     teacher: Teacher
     teacher_cache: TeacherCache | None
     optimizer: Optimizer
@@ -133,6 +134,8 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
     train = _read("train", config)
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     check_rows(train, config)
+    if config.rollout.server:
+        check_text_only(train)
     for split, rows in held_out.items():
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
@@ -162,7 +165,7 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         held_out,
         prompts,
         model,
-        Rollouts(model, config.rollout.slots, config.rollout.graphs, config.engine.share_prefix),
+        _rollouts(config, model, directory, world),
         teacher,
         _teacher_cache(config, model),
         optimizer,
@@ -174,6 +177,13 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         progress=make_progress(config.log.progress if world.main else "none", config.train.steps),
         world=world,
     )
+
+
+def _rollouts(config: Config, model: LanguageModel, directory: RunDir, world: World) -> Rollouts | ServedRollouts:
+    rollout = config.rollout
+    if rollout.server and config.objective.kind != "sft":
+        return ServedRollouts(model, rollout.server, rollout.server_folder or directory.path / "served", world)
+    return Rollouts(model, rollout.slots, rollout.graphs, config.engine.share_prefix)
 
 
 def save(run: Run, step: int) -> None:

@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.seen.append((self.path, dict(self.headers), body))
         status, headers, said = self.server.script.pop(0) if self.server.script else (200, {}, self.server.reply(body))
         self.send_response(status)

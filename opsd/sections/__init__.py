@@ -39,6 +39,10 @@ class Config(Section):
             raise refuse("rollout.group_size", "at least 2 for objective.kind reward, which compares responses", 1)
         if self.teacher.lora_average != "dense" and self.model.adapter != "lora":
             raise refuse("teacher.lora_average", "dense when model.adapter is not lora", self.teacher.lora_average)
+        if self.rollout.server and self.model.adapter != "lora":
+            raise refuse(
+                "rollout.server", "null unless model.adapter is lora, which is what is sent", self.rollout.server
+            )
         return self
 
 

@@ -54,6 +54,13 @@ class RolloutConfig(Section):
     slots: int = Field(
         default=64, ge=1, description="Responses decoded at a time; the next takes a finished one's slot."
     )
+    server: str | None = Field(
+        default=None,
+        description="URL of a vLLM server, http://host:8000/v1, that samples instead, with the student's adapter.",
+    )
+    server_folder: Local | None = Field(
+        default=None, description="Where adapters are written for it; null takes the run's folder, for one machine."
+    )
     graphs: bool = Field(default=True, description="Capture decode steps in CUDA graphs; nothing changes on a CPU.")
 
     @field_validator("stop")

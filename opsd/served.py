@@ -1,0 +1,146 @@
+"""Rollouts on a vLLM server, for a run whose own machine has outgrown its decoding. Token ids in, token ids out.
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank 16    # prefix caching is on
+    python -m opsd.train cfg.yaml model.adapter=lora rollout.server=http://host:8000/v1
+
+What changes from step to step is the adapter, and it is all that is sent: written to a folder that both machines see,
+loaded under a name of its own before the step's responses are drawn, unloaded after the next one is there. A server
+samples with other kernels and random numbers than ours, so its responses are not those of `opsd.rollout`, and a resumed
+run need not repeat them. Everything after the rollout is the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from opsd.chat import ChatClient, Endpoint, RefusedError
+from opsd.data import Example
+from opsd.errors import InputError, raise_all, writing
+from opsd.model import LanguageModel
+from opsd.prompts import Prompt
+from opsd.responses import Responses
+from opsd.sampling import Sampling
+from opsd.transfer import to_device
+from opsd.world import World
+
+_AT_ONCE: Final = 64  # requests under way; the server batches them
+_FIELD: Final = "rollout.server"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class ServedRollouts:
+    """Called as `opsd.rollout.Rollouts` is.
+
+    url: of the server's API, with its version. folder: for adapters. world: its first process sends them.
+    """
+
+    def __init__(self, model: LanguageModel, url: str, folder: Path, world: World):
+        self.model, self.folder, self.world = model, folder, world
+        self.client = ChatClient(Endpoint(url, "", timeout=600.0).check(_FIELD))
+        self._sent = 0
+        self._ask("models", None, json.loads)  # is anybody there?
+
+    def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
+        """G responses for each of B prompts, with log-probabilities as the server gives them."""
+        name = self._send_adapter()
+
+        def answers(prompt: Prompt, seed: int) -> list[_Answer]:
+            ids = prompt.inputs["input_ids"][0].tolist()
+            body = {**_settings(sampling, self.model), "model": name, "prompt": ids, "seed": seed}
+            return self._ask("completions", body, lambda raw: _read(raw, ids, sampling))
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            every = [answer for of_one in pool.map(answers, prompts, seeds) for answer in of_one]
+        responses = Responses.pack(
+            [one.tokens for one in every], sampling.group_size, self.model.pad_id, self.model.device
+        )
+        logprobs = torch.zeros(responses.tokens.shape)
+        for row, one in zip(logprobs, every, strict=True):
+            row[: len(one.logprobs)] = torch.tensor(one.logprobs)
+        return Responses(responses.tokens, responses.lengths, responses.owners, to_device(logprobs, self.model.device))
+
+    def _send_adapter(self) -> str:
+        """The name under which the server now has the student's adapter. The one before it is given up."""
+        self._sent += 1
+        name, before = (f"opsd-{self.folder.parent.name}-{number}" for number in (self._sent, self._sent - 1))
+        with self.world.in_turn():
+            if self.world.main:
+                path = self.folder / name
+                with writing(path):
+                    self.model.module.save_pretrained(path, save_embedding_layers=False)
+                self._ask("load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, _anything)
+                if self._sent > 1:
+                    self._ask("unload_lora_adapter", {"lora_name": before}, _anything)
+                    shutil.rmtree(self.folder / before, ignore_errors=True)
+        return name
+
+    def _ask(self, path: str, body: dict[str, Any] | None, read: Any) -> Any:
+        try:
+            return self.client.post(path, body, read)
+        except RefusedError as error:
+            where = f"{self.client.endpoint.url.rstrip('/')}/{path}"
+            raise InputError("a vLLM server that answers", f"{where}: {error.reason}", field=_FIELD) from error
+
+
+def check_text_only(rows: Sequence[Example]) -> None:
+    """Raise InputError for a row with media: a server would cut them up by itself, and not as our passes do."""
+    raise_all([
+        row.problem(field, f"text, all that the student may be shown with {_FIELD}", f"a part with {kind}")
+        for row in rows
+        for field, kind, _ in row.media()
+        if field.startswith("prompt")  # what only the teacher sees never gets there
+    ])  # fmt: skip
+
+
+def _settings(sampling: Sampling, model: LanguageModel) -> dict[str, Any]:
+    """The body of a request that draws as `sampling` says, from what our rollouts may draw."""
+    return {
+        "n": sampling.group_size,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1 if sampling.top_k is None else sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": model.end_ids,
+        "logit_bias": {str(token): -100.0 for token in model.suppressed_ids},
+        "skip_special_tokens": False,
+        "logprobs": 0,  # of the drawn tokens alone
+        "return_token_ids": True,
+    }
+
+
+def _read(raw: bytes, prompt: list[int], sampling: Sampling) -> list[_Answer]:
+    """The answers of one request. Raises InputError where token ids did not come through as they were sent."""
+    choices = json.loads(raw)["choices"]
+    found = []
+    for choice in sorted(choices, key=lambda choice: int(choice["index"])):
+        tokens, logprobs = choice.get("token_ids"), choice["logprobs"]["token_logprobs"]
+        if tokens is None:
+            raise InputError("a server that returns token ids (vLLM 0.10.2 or newer)", "none", field=_FIELD)
+        if choice.get("prompt_token_ids") not in (None, prompt):
+            raise InputError("the prompt's token ids as they were sent", "others", field=_FIELD)
+        if not 0 < len(tokens) <= sampling.max_new_tokens or len(logprobs) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
+        found.append(_Answer([int(token) for token in tokens], [float(value) for value in logprobs]))
+    if len(found) != sampling.group_size:
+        raise ValueError(f"{len(found)} answers")
+    return found
+
+
+def _anything(raw: bytes) -> None:
+    """The endpoints of adapters answer with a sentence."""

@@ -41,7 +41,7 @@ PAPER = {
 FREE = {
     *("model.path", "model.adapter", "model.lora_r", "model.lora_alpha", "model.freeze", "optim.lr"),
     *("prompts.max_prompt_tokens", "media.frames", "media.max_pixels", "teacher.lora_average", "engine.token_budget"),
-    *("objective.workspace_mib", "engine.feature_cache_mib", "engine.teacher_cache_device_mib"),
+    *("rollout.slots", "objective.workspace_mib", "engine.feature_cache_mib", "engine.teacher_cache_device_mib"),
 }
 LANGUAGE = {
     "3B": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -134,9 +134,11 @@ def expected(size, config):
         adapter = 16 * r * (ins + outs) if dense else 4 * r * ins + 16 * r * outs
         model = [2 * every, adapter, 4 * layers if dense else 4 * r * outs]
         activations = {"3B": 0.40e6, "7B": 0.55e6}[size]
-    prompts = config.train.prompts_per_step
-    assert prompts == config.evaluate.batch_size and config.rollout.group_size == 1
-    passes = [sequence * activations, prompts * sequence * per_token]
+    prompt = {"3B": 0.20e6, "7B": 0.30e6}[size] if config.model.adapter == "lora" else 0.30e6
+    slots = config.rollout.slots  # prompts computed together; as many more keep their keys and values
+    assert 2 * slots <= config.train.prompts_per_step and config.rollout.group_size == 1
+    largest = max(sequence * activations, slots * config.prompts.max_prompt_tokens * prompt)
+    passes = [largest, 2 * slots * sequence * per_token]
     return [term / 1e9 for term in [*model, *passes, 2**20 * config.objective.workspace_mib, 2**20 * caches]]
 
 

@@ -1,7 +1,8 @@
 """`python -m bench.cpu_report --out NAME.json`: the targets of a CPU, whole shapes, providers timed in turn.
 
 A shared machine drifts by tens of percent within a minute, so every round times each provider once, and what is
-reported is the median over rounds of a provider's time divided by the floor's of the same round.
+reported is the median over rounds of a provider's time divided by the floor's of the same round. Cases that the file
+has from a run before stay in it unless they are measured again: the whole can be done in parts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order of FULL_CASES, the new ones in place of old ones of the same case and provider."""
+    order, taken = [str(case) for case in FULL_CASES], {(row["case"], row["provider"]) for row in new}
+    kept = [row for row in old if row["case"] in order and (row["case"], row["provider"]) not in taken]
+    return sorted(kept + new, key=lambda row: order.index(row["case"]))
+
+
 def main() -> None:
     made = argparse.ArgumentParser(prog="python -m bench.cpu_report", description=__doc__)
     made.add_argument("--out", type=Path, help="JSON; written after every case")
@@ -72,16 +80,18 @@ def main() -> None:
     made.add_argument("--seconds", type=float, default=40.0, help="a case stops after so many, with 3 rounds at least")
     args = made.parse_args()
     rows: list[dict[str, Any]] = []
+    if args.out is not None and args.out.exists():
+        rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+    about = environment()
     for case in FULL_CASES:
         if args.only not in str(case):
             continue
         print(case, flush=True)
         found = measure(case, tuple(args.providers), args.rounds, args.seconds)
         print("\n".join(map(line, found)), flush=True)
-        rows += found
+        rows = merged(rows, [{**row, "commit": about["commit"]} for row in found])
         if args.out is not None:
-            about = environment()
-            args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class TokenKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad = weight_grad = bias_grad = None
-        if ctx.hidden_grad is not None:
-            hidden_grad = times(upstream[:, None], ctx.hidden_grad)
+        if ctx.needs_input_grad[0]:
+            hidden_grad = _hidden_gradient(ctx, upstream)
         if any(ctx.needs_input_grad[1:3]):
             weight_grad, bias_grad = _head_gradients(ctx, upstream)
         return hidden_grad, weight_grad, bias_grad, None, None, None
@@ -49,9 +49,13 @@ def pairs(weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> list[tuple
     return [(weight, wanted[1]), (weight if bias is None else bias, wanted[2])]
 
 
-def times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x in the dtype of x, where a weight of 0 outweighs x: a token that is left out may hold anything."""
-    return torch.mul(x, weight, out=torch.empty_like(x)).masked_fill_(weight == 0, 0)  # no wider copy of x on CUDA
+def times(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """weight * x in the dtype of x, where a weight of 0 outweighs x: a token that is left out may hold anything.
+
+    out: where it goes, and may be x.
+    """
+    product = torch.mul(x, weight, out=torch.empty_like(x) if out is None else out)  # no wider copy of x on CUDA
+    return product.masked_fill_(weight == 0, 0)
 
 
 def unfilled(x: Tensor) -> Tensor:
@@ -67,6 +71,17 @@ def targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: T
         if x is not None:
             x[filled:].zero_()
     return Gradients(hidden, None if weight is None else weight[:vocab], None if bias is None else bias[:vocab])
+
+
+def _hidden_gradient(ctx: Any, upstream: Tensor) -> Tensor:  # (N,) -> (N, D)
+    """In place where this is the only backward, so that the gradient is in memory once."""
+    kept = ctx.hidden_grad
+    if kept is None:
+        raise RuntimeError("expected retain_graph=True in the backward before this one, got a second without it")
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return times(upstream[:, None], kept)
+    ctx.hidden_grad = None
+    return times(upstream[:, None], kept, out=kept)
 
 
 def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,)

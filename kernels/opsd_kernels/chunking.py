@@ -41,10 +41,12 @@ class ChunkPlan:
         return costs.fixed + self.rows * costs.row + self.grad_rows * costs.grad_row
 
 
-def plan_chunks(n: int, costs: ChunkCosts, workspace_mib: float, collect: bool = True) -> ChunkPlan:
+def plan_chunks(
+    n: int, costs: ChunkCosts, workspace_mib: float, collect: bool = True, most: int = MAX_ROWS
+) -> ChunkPlan:
     """The largest chunks that fit the budget, capped where GEMMs stop gaining, balanced over n tokens.
 
-    collect: whether there is a head gradient to collect rows for.
+    collect: whether there is a head gradient to collect rows for. most: logits rows where the budget has no say.
     Raises ValueError when not even one row fits.
     """
     room = int(workspace_mib * MIB) - costs.fixed
@@ -56,7 +58,7 @@ def plan_chunks(n: int, costs: ChunkCosts, workspace_mib: float, collect: bool =
     if fit < 1:
         need = (costs.fixed + costs.row + costs.grad_row) / MIB
         raise ValueError(f"expected workspace_mib >= {need:.2f} for one row of this vocabulary, got {workspace_mib}")
-    rows = _aligned(min(fit, MAX_ROWS))
+    rows = _aligned(min(fit, most))
     grad_rows = _balanced(n, rows * ratio)
     return ChunkPlan(rows=_balanced(min(n, grad_rows), rows), grad_rows=grad_rows, n=n)
 

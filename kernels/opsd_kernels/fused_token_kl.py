@@ -26,7 +26,7 @@ from opsd_kernels.rows import RowOutputs, row_kernel
 from opsd_kernels.stats import TokenStats
 from opsd_kernels.sweep import Operands
 
-DEFAULT_WORKSPACE_MIB = 1200  # 512 logits rows and 2048 gradient rows of a 152k vocabulary in bf16
+DEFAULT_WORKSPACE_MIB = 1228  # 1.2 GiB: 512 logits and 2048 gradient rows of a 152k vocabulary and width 4096 in bf16
 Backend = Literal["auto", "triton", "native", "torch"]
 
 
@@ -87,8 +87,9 @@ def fused_token_kl(
     Upstream gradients. A frozen head (requires_grad False) is exact for any per-token gradient without recompute.
     A trainable head needs the upstream to be one number for all tokens, as `.sum()` hands back: put masks and
     1/length into token_weights and divide the sum, not the tokens. Any other upstream is correct too, at 3 G more for
-    a second pass in backward, and so is a second backward through a retained graph. Uniform is recognised by stride 0
-    (and on CPU by value). Double backward raises.
+    a second pass in backward, and so is a second backward through a retained graph; without retain_graph gradients are
+    scaled in place, and a second backward raises. Uniform is recognised by stride 0 (and on CPU by value). Double
+    backward raises.
     Under torch.compile the call is one node, opsd::fused_token_kl; autocast does not touch it.
 
     Heads. A tensor is a plain weight; Head (heads.py) adds a bias, a scale, a softcap, and padding to skip. Where both

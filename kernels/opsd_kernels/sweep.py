@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels import gemm, memory
-from opsd_kernels.chunking import MIB, ChunkCosts, ChunkPlan, plan_chunks
+from opsd_kernels.chunking import MAX_ROWS, MIB, ChunkCosts, ChunkPlan, plan_chunks
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head, is_same
 from opsd_kernels.rows import RowKernel, RowOutputs, results_of
@@ -40,6 +40,11 @@ class Operands:
     def is_remote(self) -> bool:
         """Whether the teacher's products run on another device, from which its logits are copied."""
         return self.teacher_head.weight.device != self.head.weight.device
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether both sides have the same weight: one product of both reads it once."""
+        return is_same(self.head.weight, self.teacher_head.weight)
 
     @property
     def is_delta(self) -> bool:
@@ -86,7 +91,10 @@ def plan(ops: Operands, with_grad: bool, trains_head: bool = True) -> tuple[Chun
         row=4 * (logits * vocab + 2 * widest + 2 * width),
         grad_row=0 if grad_dtype == torch.float32 or not with_grad else 2 * vocab,
     )
-    return plan_chunks(ops.student_hidden.shape[0], costs, ops.workspace_mib, collect=trains_head), costs
+    # one product of both sides has twice the rows; a CPU packs the weight anew for each, and has memory to spare
+    halved = ops.is_stacked and not trains_head and ops.head.weight.device.type != "cpu"
+    most = MAX_ROWS // 2 if halved else MAX_ROWS
+    return plan_chunks(ops.student_hidden.shape[0], costs, ops.workspace_mib, trains_head, most), costs
 
 
 def sweep(
@@ -148,7 +156,7 @@ def _logits(ops: Operands, tokens: slice, pair: Tensor, work: Workspace, slope: 
     head, teacher_head, (z_s, z_t) = ops.head, ops.teacher_head, pair
     block = _as_blocks(work.scratch, head.weight)
     z = z_t if work.z_remote is None else work.z_remote[: len(teacher)]
-    if is_same(head.weight, teacher_head.weight):  # one product of both sides reads the weight once
+    if ops.is_stacked:
         second = student.float() - teacher.float() if ops.is_delta else teacher.float()
         stacked = torch.cat([student.float(), second])
         gemm.logits_into(pair.view(len(stacked), -1), stacked, head.weight, block)

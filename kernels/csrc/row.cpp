@@ -8,10 +8,8 @@ namespace {
 // grad = scale e^s (slope + shift), from the slope in row.grad.
 void slope_gradient(const Row& row, int64_t vocab, float scale, float shift) {
     const float* e_s = row.e_s;
-    const float* next = row.next_t;
     float* grad = row.grad;
     for_columns(0, vocab, [=](int64_t i, int64_t count) {
-        fetch(next + i);
         store(grad + i, times(load(e_s + i, count, 0) * scale, load(grad + i, count, 0) + shift), count);
     });
 }

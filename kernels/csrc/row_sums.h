@@ -121,6 +121,7 @@ Sums sum_row(const Row& where, const RowOptions& o, const Centre& centre) {
         SumsOf<Vec> block;
         for_columns(begin, end, [&](int64_t i, int64_t count) {
             fetch(row.next_s + i);
+            if (KIND == REVERSE_KL) fetch(row.next_t + i);  // the others have a long pass to come
             const Logits z = logits_at<DELTA>(row.z_s + i, row.z_t + i, count, at, inverse_t);
             const Vec e_s = exp_of(z.s);
             const Mask near = magnitude(z.d) <= splat(1.0f);  // false for inf - inf, whose terms are 0 on the far side

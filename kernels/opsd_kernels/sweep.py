@@ -106,6 +106,7 @@ def sweep(
     n, device = ops.student_hidden.shape[0], ops.student_hidden.device
     chunks, _ = plan(ops, bool(grads), grads.weight is not None)
     work = _allocate(ops, chunks, bool(grads))
+    ops = _widened_once(ops, work.scratch)
     out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)
     scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
@@ -213,6 +214,16 @@ def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
 def _scratch_elements(ops: Operands) -> int:
     budget = int(ops.workspace_mib * MIB) // SCRATCH_SHARE // 4
     return max(head.scratch_elements(budget) for head in (ops.head, ops.teacher_head))
+
+
+def _widened_once(ops: Operands, scratch: Tensor | None) -> Operands:
+    """With a half head in fp32 where one weight serves both sides and all of it fits, instead of for every product."""
+    weight = ops.head.weight
+    if scratch is None or not ops.is_stacked or weight.numel() > scratch.numel():
+        return ops
+    wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+    head, teacher_head = (replace(head, weight=wide) for head in (ops.head, ops.teacher_head))
+    return replace(ops, head=head, teacher_head=teacher_head)
 
 
 def _as_blocks(scratch: Tensor | None, head: Tensor) -> Tensor | None:  # (elements,) -> (blocks, D)

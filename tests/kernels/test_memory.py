@@ -101,3 +101,24 @@ def test_a_retained_graph_keeps_the_gradient():
     torch.testing.assert_close(first, 2 * second)
     with pytest.raises(RuntimeError, match="expected retain_graph=True"):
         torch.autograd.grad(value, student, upstream)
+
+
+class Widenings(TorchDispatchMode):
+    """Copies of a half head into fp32."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.count = head, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[1].data_ptr() == self.head.data_ptr():
+            self.count += args[0].dtype == torch.float32
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_half_head_that_fits_is_widened_once():
+    half = {"dtype": torch.bfloat16}
+    student, teacher, head = torch.randn(1100, 32, **half), torch.randn(1100, 32, **half), torch.randn(64, 32, **half)
+    with Widenings(head) as widenings:
+        fused_token_kl(student.requires_grad_(), head, teacher, backend="torch").sum().backward()
+    assert widenings.count == 1

@@ -248,13 +248,14 @@ def test_nan_goes_through(backend, kind):
 
 @pytest.mark.skipif(cases.INTERPRETED, reason="native only")
 @pytest.mark.parametrize("name", [b"generic", b"avx2"])
+@pytest.mark.parametrize("distance", [0.3, 4.0])  # one exponential for both sides, and one for each
 @every_kind
 @both_forms
-def test_every_instruction_set_agrees(name, kind, is_delta):
+def test_every_instruction_set_agrees(name, distance, kind, is_delta):
     native = importlib.import_module("opsd_kernels.rows_native")
     if native.obstacle():
         pytest.skip(native.obstacle())
-    z_s, second = 3 * torch.randn(3, WIDTH), 0.3 * torch.randn(3, WIDTH)
+    z_s, second = 3 * torch.randn(3, WIDTH), distance * torch.randn(3, WIDTH)
     best, best_grad = run("native", z_s, second, is_delta, Divergence(kind))
     try:
         native._library().opsd_rows_use_isa(name)

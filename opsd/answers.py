@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from opsd import checkpoint
 from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
 from opsd.loading import load_model
@@ -16,12 +15,13 @@ from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.rollout import Rollouts, decode
 from opsd.sampling import Sampling
+from opsd.shelf import Shelf
 
 
 def finished_run(run_dir: Path) -> tuple[Config, Path]:
     """The config of a run directory and its newest checkpoint. Raises `InputError` when there is none."""
     config = load_config(run_dir / "config.yaml")
-    last = checkpoint.newest(run_dir / "checkpoints")
+    last = Shelf(run_dir / "checkpoints").newest()
     if last is None:
         raise InputError("a checkpoint to evaluate", "none", file=run_dir / "checkpoints")
     return config, last.path

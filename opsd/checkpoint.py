@@ -1,39 +1,60 @@
 """Checkpoints: a folder that Hugging Face opens, plus what a resumed run needs. Safetensors and JSON, no pickle.
 
     RUN/checkpoints/step-000100/   model.safetensors or adapter_model.safetensors, config, processor files
-                                   trainer.safetensors (AdamW moments, EMA teacher), trainer.json
-    RUN/checkpoints/last           link to the newest
+                                   trainer.safetensors (AdamW moments, EMA teacher)
+                                   trainer.json (`Meta`: steps done, place in the data, held-out score)
+                                   manifest.json (size and SHA-256 of every file)
 
-A checkpoint is written beside its place and renamed into it, so a killed save leaves the one before it intact.
-Order of the data, sampling and dropout are functions of (seed, step): they need no state.
+A checkpoint is written beside its place, synced to the disk and renamed into it: what has its name is whole.
+`opsd.shelf` says which of them is taken, and which are kept.
+
+Nothing else moves from step to step. Order of the data, sampling and dropout are functions of (seed, step), and so is
+the learning rate: there is no state of a random generator, a loader or a scheduler to save. The teacher's cache is
+addressed by content: a resumed run finds what is in its folder, and computes what is not.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opsd import manifest
+from opsd.durable import beside, rename
 from opsd.errors import InputError, writing
 from opsd.model import LanguageModel
 from opsd.optim import Optimizer
 from opsd.teacher import Teacher
 
-_FORMAT = 1  # raised when a trainer of today could not read a checkpoint of tomorrow
+_FORMAT = 2  # raised when a trainer of today could not read a checkpoint of tomorrow
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What trainer.json says."""
+
+    step: int  # updates done
+    rows: int  # rows of the training data used so far, over all epochs
+    data: str  # digest of all training rows: the place means nothing in others
+    score: float | None = None  # of held-out rows, by `scored`; None where this step was not measured
+    scored: str | None = None  # "accuracy" or "loss"
+    format: int = _FORMAT
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    step: int  # updates done
+    meta: Meta
+
+    @property
+    def step(self) -> int:
+        return self.meta.step
 
 
 @dataclass(frozen=True)
@@ -50,39 +71,38 @@ class State:
         return cls(weights, _trainer_state(optimizer, teacher))
 
 
-def save(folder: Path, step: int, model: LanguageModel, state: State, keep: int) -> Path:
-    """Write RUN/checkpoints/step-N atomically, point `last` at it, drop all but the newest `keep`."""
-    final = _path(folder, step)
-    temporary = folder / f".{final.name}.tmp"
-    for left in folder.glob(".step-*"):  # by a run that was killed
-        shutil.rmtree(left)
+def save(path: Path, meta: Meta, model: LanguageModel, state: State) -> None:
+    """Write the folder `path`, all of it or nothing. One of that name, left by an abandoned future, is replaced.
+
+    Raises InputError where the weights are no numbers any more, OSError where the disk does not take them.
+    """
+    _check_finite(model, state)
+    temporary = beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
-        temporary.mkdir(parents=True)
-        _save_model(model, state.weights, temporary)
-        save_file(state.trainer, temporary / "trainer.safetensors")
-        (temporary / "trainer.json").write_text(json.dumps({"format": _FORMAT, "step": step}))
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from before it
-        os.replace(temporary, final)
-        _point(folder / "last", final)
-    for step_done in sorted(_steps(folder))[:-keep]:
-        old = _path(folder, step_done)
-        doomed = old.with_name(f".{old.name}.old")  # out of sight first: a kill half-way leaves no half checkpoint
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
-    return final
+        try:
+            temporary.mkdir(parents=True)
+            _save_model(model, state.weights, temporary)
+            save_file(state.trainer, temporary / "trainer.safetensors")
+            (temporary / "trainer.json").write_text(json.dumps(asdict(meta)), encoding="utf-8")
+            manifest.seal(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # a disk that is full gets its room back
+            raise
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The checkpoint with the most steps, or None. `last` is pointed at it: a kill may have come in between."""
-    step = max(_steps(folder), default=None)
-    if step is None:
-        return None
-    path = _path(folder, step)
-    _check_meta(path, step)
-    with suppress(OSError):  # a run that is only read may be read-only
-        _point(folder / "last", path)
-    return Checkpoint(path, step)
+def read_meta(path: Path) -> Meta:
+    """trainer.json of a checkpoint. Raises InputError for one that this trainer did not write."""
+    file = path / "trainer.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if said["format"] != _FORMAT:
+            raise InputError(f"checkpoint format {_FORMAT}", repr(said["format"]), file=file)
+        return Meta(**said)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError("a checkpoint written by opsd", str(error), file=file) from error
 
 
 def restore(checkpoint: Checkpoint, optimizer: Optimizer, teacher: Teacher) -> None:
@@ -100,6 +120,14 @@ def restore_teacher(checkpoint: Checkpoint, teacher: Teacher) -> None:
             expected = f"teacher tensor {name} of shape {tuple(own.shape)}"
             raise InputError(expected, "none like it", file=_trainer_file(checkpoint))
     teacher.load_state(saved)
+
+
+def _check_finite(model: LanguageModel, state: State) -> None:
+    """A save waits for the device anyway."""
+    for name, weight in (model.trainable() if state.weights is None else state.weights).items():
+        if not torch.isfinite(weight.detach()).all():
+            hint = "a lower optim.lr? --resume goes on from the last checkpoint"
+            raise InputError("weights that are finite numbers", f"others in {name}", hint=hint)
 
 
 def _save_model(model: LanguageModel, weights: dict[str, Tensor] | None, folder: Path) -> None:
@@ -130,40 +158,3 @@ def _read_trainer(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
 
 def _trainer_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.path / "trainer.safetensors"
-
-
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:06d}"
-
-
-def _steps(folder: Path) -> list[int]:
-    names = [path.name for path in folder.glob("step-*")]
-    return [int(name[5:]) for name in names if re.fullmatch(r"step-\d{6,}", name)]
-
-
-def _check_meta(path: Path, step: int) -> None:
-    file = path / "trainer.json"
-    try:
-        meta = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError("a checkpoint written by opsd", str(error), file=file) from error
-    if meta != {"format": _FORMAT, "step": step}:
-        raise InputError(f"checkpoint format {_FORMAT} at step {step}", repr(meta), file=file)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _point(link: Path, target: Path) -> None:
-    temporary = link.with_name(".last.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
-        shutil.rmtree(link)
-    os.replace(temporary, link)

@@ -11,7 +11,10 @@ from pathlib import Path
 from opsd.errors import InputError
 from opsd.say import show
 
-_REFUSED_BY_SYSTEM = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+_REFUSED_BY_SYSTEM = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO),
+}
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ directory. Every mistake is an `InputError` with file, line, field, what was exp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +15,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from opsd.config_problems import SECTIONS, Place, Source, problems
-from opsd.errors import InputError, raise_all, writing
+from opsd.durable import write_text
+from opsd.errors import InputError, raise_all
 from opsd.sections import (
     CheckpointConfig,
     Config,
@@ -84,10 +84,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), base: dict[str
 def dump_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML that `load_config` reads back equal."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+    write_text(path, text)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from opsd.config import DataConfig
 from opsd.errors import InputError, raise_all
 from opsd.rows import Example, RowParser
 
-__all__ = ["Example", "order", "read_examples"]
+__all__ = ["Example", "digest", "labelled", "order", "read_examples"]
 
 _ENOUGH = 100  # problems after which reading stops: a message shows the first ten
 
@@ -48,6 +50,14 @@ def read_examples(path: Path, config: DataConfig, *, held_out: bool = False) -> 
     if not examples:
         raise InputError("at least one row", "an empty dataset", file=path)
     return examples
+
+
+def digest(examples: list[Example]) -> str:
+    """SHA-256 of what the rows say, in their order; of media, where they lie."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(repr(replace(example, file=Path(), line=0)).encode("utf-8", "surrogatepass"))
+    return content.hexdigest()
 
 
 def labelled(rows: list[Example]) -> list[Example]:

@@ -17,6 +17,7 @@ from opsd.answers import answer, finished_run, load_student
 from opsd.cli import guard
 from opsd.data import Example, labelled, read_examples
 from opsd.errors import InputError, writing
+from opsd.held_out import held_out_loss
 from opsd.intervals import Accuracy, wilson
 from opsd.prompt_cache import VIEWS, PromptCache, verify
 from opsd.prompts import PromptBuilder, can_teach
@@ -49,7 +50,10 @@ def measure(run: Any, step: int) -> None:
             sees = run.config.prompts.privilege if view == "teacher" else "none"
             about = {"step": step, "split": split, "view": view}
             left_out = {"skipped_rows": len(rows) - len(read)} if skip else {}
-            run.directory.append("evaluations", about | {"privilege": sees, **asdict(result), **left_out})
+            record = about | {"privilege": sees, **asdict(result), **left_out}
+            if run.config.checkpoint.best == "loss" and (split, view) == ("validation", "student"):
+                record["loss"] = held_out_loss(run, whole, step)
+            run.directory.append("evaluations", record)
             run.directory.append("answers", *(about | one for one in read))
             run.progress.say(f"step {step}  {split} accuracy, {view} view: {percent(result)}")
     run.model.tokens.take()  # these are no step's

@@ -11,7 +11,6 @@ RUN/checkpoints/        see `opsd.checkpoint`
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from opsd import durable
 from opsd.errors import InputError, writing
 
 PHASES = ("rollout", "teacher", "student")
@@ -58,16 +58,19 @@ class RunDir:
                 raise InputError("a JSON record", str(error), file=file, line=number) from error
         return records
 
+    def sync(self) -> None:
+        """Return when every line written so far is on the disk."""
+        for path in [self.path / f"{name}.jsonl" for name in self.FILES]:
+            if path.exists():
+                durable.sync(path)
+
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step` updates: a resumed run will do those steps again."""
         for name in self.FILES:
             file = self.path / f"{name}.jsonl"
             if file.exists():
                 kept = [record for record in self.read(name) if record["step"] <= step]
-                temporary = file.with_suffix(".tmp")
-                with writing(temporary):
-                    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), "utf-8")
-                    os.replace(temporary, file)
+                durable.write_text(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 class Clock:

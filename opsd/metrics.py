@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
+from opsd.config import TrainConfig
 from opsd.errors import InputError
 from opsd.group import Group
 from opsd.log import PHASES, peak_memory_mib
@@ -24,6 +23,11 @@ class Sums:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
+    @property
+    def loss(self) -> Tensor | float:
+        """Of the micro-batches so far."""
+        return self._sums.get("loss", 0.0)
+
     def read(self) -> dict[str, float]:
         return {name: float(value) for name, value in self._sums.items()}
 
@@ -33,7 +37,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
 
     Per token: divergence, entropies (nats), and clipped, the share to which the ratio's clip leaves no gradient. Per
     response: accuracy, format, truncated, response_length (tokens), and leak_rate, the share that speaks of what only
-    the teacher sees.
+    the teacher sees. skipped_updates: left out since the last line.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. skipped_rows is
     how many rows of the step had a file that does not decode. Beside the rollout, whose texts are read on the host,
@@ -50,7 +54,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     if run.config.data.on_error == "skip":
         counts["skipped_rows"] = run.replaced
     counts = run.world.sum(counts)
-    _check_finite(values, step)
+    skipped, in_a_row = run.optimizer.skipped.take()
     tokens, responses = values.pop("tokens"), values.pop("responses")
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
     for name in ("grad_norm", "lr"):
@@ -63,6 +67,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record |= {
         f"{p}_tokens_per_second": passes.get(p, 1) * steps * tokens / seconds[p] for p in _PHASES[objective.kind]
     }
+    record["skipped_updates"] = float(skipped)
     record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
     if run.teacher_cache is not None:
         record |= run.teacher_cache.metrics()
@@ -76,6 +81,9 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     run.logged = step
     run.directory.append("metrics", record)
     run.progress.step(record)
+    if skipped:
+        run.progress.say(f"step {step}: loss or gradient was no number; {skipped} updates left out")
+    _check_skipped(in_a_row, run.config.train, step)
 
 
 def _of_all(run: Run, values: dict[str, float]) -> dict[str, float]:
@@ -84,14 +92,14 @@ def _of_all(run: Run, values: dict[str, float]) -> dict[str, float]:
     return run.world.sum({name: value for name, value in values.items() if name not in known}) | known
 
 
-def _check_finite(values: dict[str, float], step: int) -> None:
-    """Raise InputError before a checkpoint is written of weights that are not numbers any more."""
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            found = f"{values[name]} in step {step}"
-            raise InputError(
-                "a finite number", found, field=name, hint="a lower optim.lr? --resume goes on from the last checkpoint"
-            )
+def _check_skipped(in_a_row: int, config: TrainConfig, step: int) -> None:
+    if in_a_row > config.max_skipped_updates:
+        raise InputError(
+            "a finite loss and gradient",
+            f"none in {in_a_row} updates until step {step}, which were left out",
+            field="train.max_skipped_updates",
+            hint="a lower optim.lr? --resume goes on from the last checkpoint",
+        )
 
 
 def _log_samples(run: Run, step: int, group: Group) -> None:

@@ -25,19 +25,28 @@ class Optimizer:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=True,  # one kernel, and one that can be told on the device to change nothing
         )
+        self.skipped = Skipped()
 
-    def step(self, step: int) -> dict[str, Tensor | float]:
-        """Add up the processes' gradients, clip, update, clear them. step counts from 0."""
+    def step(self, step: int, loss: Tensor | float = 0.0) -> dict[str, Tensor | float]:
+        """Add up the processes' gradients, clip, update, clear them. step counts from 0.
+
+        Where the loss or the gradient's norm is no finite number, weights and moments stay as they are, exactly, and the
+        host does not look. loss: this process's part of it.
+        """
         self.world.add_gradients(self.parameters.values())
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         rate = self.config.lr * schedule(self.config, step, self.steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        bad = 1.0 - torch.isfinite(norm + self.world.total(loss)).float()
+        setattr(self.adamw, "found_inf", bad)  # noqa: B010 - as torch.amp.GradScaler tells a fused optimizer
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return {"grad_norm": whole(norm), "lr": rate}
+        self.skipped.add(bad)
+        return {"grad_norm": norm, "lr": rate}
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""
@@ -49,7 +58,28 @@ class Optimizer:
             keys = [key for key in tensors if key.rpartition("/")[0] == name]
             if keys:
                 state = {key.rpartition("/")[2]: tensors[key] for key in keys}
-                self.adamw.state[p] = {key: t if key == "step" else divided(t, p) for key, t in state.items()}
+                self.adamw.state[p] = {
+                    key: t.to(p.device) if key == "step" else divided(t, p) for key, t in state.items()
+                }
+
+
+class Skipped:
+    """Updates that were left out, counted on the device."""
+
+    def __init__(self) -> None:
+        self._count: Tensor | float = 0.0
+        self._in_a_row: Tensor | float = 0.0
+
+    def add(self, bad: Tensor) -> None:
+        """bad: 1.0 for an update that was left out, 0.0 for one that was made."""
+        self._count = self._count + bad
+        self._in_a_row = (self._in_a_row + 1.0) * bad
+
+    def take(self) -> tuple[int, int]:
+        """How many there were since the last call, and how many the last ones in a row are by now."""
+        counts = int(self._count), int(self._in_a_row)
+        self._count = 0.0
+        return counts
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

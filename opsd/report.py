@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opsd import checkpoint
 from opsd.cli import guard
 from opsd.config import Config, load_config
 from opsd.data import Example, read_examples
 from opsd.errors import InputError, writing
 from opsd.log import RunDir
 from opsd.page.charts import smooth
+from opsd.shelf import Shelf
 
 SPLITS = ("test", "validation", "train")
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     if args.clips:
         from opsd.page.replay import replay
 
-        last = checkpoint.newest(directory.checkpoints)
+        last = Shelf(directory.checkpoints).newest()
         if last is None:
             raise InputError(
                 "a checkpoint to answer with", "none", file=directory.checkpoints, hint="--clips 0 shows the curves"

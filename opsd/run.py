@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from opsd import checkpoint
-from opsd.checkpoint import Checkpoint
-from opsd.config import Config, dump_config, load_config
-from opsd.data import Example, labelled, order, read_examples
+from opsd.config import Config, dump_config
+from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
 from opsd.loading import load_model
 from opsd.log import Clock, Progress, RunDir, make_progress
@@ -25,18 +24,15 @@ from opsd.parts import what_trains
 from opsd.prefix_store import open_store
 from opsd.prompt_cache import VIEWS, PromptCache, verify
 from opsd.prompts import PromptBuilder, can_teach
+from opsd.resume import alone, open_directory, start_from
 from opsd.rollout import Rollouts
 from opsd.say import say_once
 from opsd.served import ServedRollouts, check_text_only
+from opsd.shelf import Shelf
+from opsd.stop import Stop
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 from opsd.teacher_cache import TeacherCache
 from opsd.world import World
-
-# What a resumed run may change: none of it moves a metric that is compared.
-_FREE_TO_CHANGE = (
-    *("log.", "checkpoint.", "train.threads", "train.parallel", "train.run_dir"),
-    *("engine.teacher_cache_", "media.workers"),
-)
 
 
 @dataclass
@@ -53,11 +49,14 @@ class Run:
     optimizer: Optimizer
     config: Config
     directory: RunDir
-    start: int  # updates already done
+    data: str  # digest of the training rows
+    start: int  # steps already done
     logged: int  # the step of the last line in metrics.jsonl
+    saved: int  # the step of the last checkpoint
     clock: Clock
     progress: Progress
     world: World
+    stop: Stop
     replaced: int = 0  # rows of this process and step that others stand for
 
     def rows(self, step: int) -> list[Example]:
@@ -92,7 +91,9 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, resume: bool = False, world: World | None = None) -> Iterator[Run]:
+def open_run(
+    config: Config, resume: bool = False, world: World | None = None, stop: Stop | None = None
+) -> Iterator[Run]:
     """Open a new run, or go on with the one in `train.run_dir`. Every problem is raised before the first step."""
     world = world or World()
     if config.train.threads is not None:
@@ -100,24 +101,32 @@ def open_run(config: Config, resume: bool = False, world: World | None = None) -
     new = config.train.run_dir is not None and not config.train.run_dir.exists()
     with world.in_turn():
         _check_world(config, world)
-        directory, last = _open_directory(config, resume, world.main)
-    try:
-        run = _build(config, directory, last, world)
-    except BaseException:
-        if new and world.main and not any(directory.path.iterdir()):  # a run that never began leaves no folder
-            directory.path.rmdir()
-        raise
-    with world.in_turn():
-        if world.main:
-            dump_config(config, directory.path / "config.yaml")  # again on resume: it may train for longer now
-            directory.rewind(run.start if last is not None else -1)
-    try:
-        yield run
-    finally:
-        run.prompts.close()
-        if run.teacher_cache is not None:
-            run.teacher_cache.store.flush()
-        run.progress.close()
+        directory = open_directory(config, resume, world.main)
+    with alone(directory.path) if world.main else nullcontext():
+        try:
+            run = _build(config, directory, resume, world)
+        except BaseException:
+            if new and world.main and not any(directory.path.iterdir()):  # a run that never began leaves no folder
+                directory.path.rmdir()
+            raise
+        run.stop = stop or run.stop
+        with world.in_turn():
+            if world.main:
+                _begin(run)
+        try:
+            yield run
+        finally:
+            run.prompts.close()
+            run.progress.close()
+
+
+def _begin(run: Run) -> None:
+    """What the folder holds is made what the run goes on from: nothing of steps that will be done again."""
+    dump_config(run.config, run.directory.path / "config.yaml")  # again on resume: it may train for longer now
+    run.directory.rewind(run.start or -1)  # without a checkpoint the run starts over
+    shelf = Shelf(run.directory.checkpoints)
+    shelf.set_aside(run.start)
+    shelf.tidy(run.config.checkpoint)
 
 
 def _check_world(config: Config, world: World) -> None:
@@ -129,13 +138,17 @@ def _check_world(config: Config, world: World) -> None:
         raise InputError(expected, config.model.device, field="model.device")
 
 
-def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: World) -> Run:
+def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run:
     """Rows, model, teacher and optimizer, each checked; a checkpoint's state is put back."""
     train = _read("train", config)
+    data = digest(train)
+    last = start_from(config, directory, data, world) if resume else None
     held_out = {split: _read(split, config) for split in ("validation", "test") if getattr(config.data, split)}
     check_rows(train, config)
     if config.rollout.server:
         check_text_only(train)
+    if config.checkpoint.best == "loss":
+        check_rows(labelled(held_out["validation"]), config)
     for split, rows in held_out.items():
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
@@ -148,18 +161,18 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         skip = config.data.on_error == "skip"
         privileged = config.objective.kind == "distill" or config.objective.teacher_view_fraction > 0
         verify(prompts, world.share(train), VIEWS if privileged else VIEWS[:1], skip=skip)
+        measured = config.evaluate.teacher or config.checkpoint.best == "loss"
         for rows in map(labelled, held_out.values()):
-            taught = config.evaluate.teacher and can_teach(rows, config.prompts)
+            taught = measured and can_teach(rows, config.prompts)
             verify(prompts, world.share(rows), VIEWS if taught else VIEWS[:1], skip=skip)
     say_once(what_trains(model.module))
     with model.gathered():
         _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
     optimizer = Optimizer(model, config.optim, config.train.steps, world)
-    start = 0
     if last is not None:
         checkpoint.restore(last, optimizer, teacher)
-        start = last.step
+    start = last.step if last is not None else 0
     return Run(
         train,
         held_out,
@@ -171,11 +184,14 @@ def _build(config: Config, directory: RunDir, last: Checkpoint | None, world: Wo
         optimizer,
         config,
         directory,
+        data,
         start=start,
         logged=start,
+        saved=start,
         clock=Clock(model.device),
         progress=make_progress(config.log.progress if world.main else "none", config.train.steps),
         world=world,
+        stop=Stop(),
     )
 
 
@@ -186,67 +202,20 @@ def _rollouts(config: Config, model: LanguageModel, directory: RunDir, world: Wo
     return Rollouts(model, rollout.slots, rollout.graphs, config.engine.share_prefix)
 
 
-def save(run: Run, step: int) -> None:
-    """A checkpoint after `step` updates."""
-    keep = run.config.checkpoint.keep
-    state = checkpoint.State.of(run.model, run.optimizer, run.teacher)
-    with run.world.in_turn():
-        if run.world.main:
-            checkpoint.save(run.directory.checkpoints, step, run.model, state, keep)
+def run_dirs(name: str, root: Path = Path("runs")) -> list[Path]:
+    """Every `runs/<name>-NNN` there is, in the order of their numbers."""
+    named = [(int(m[1]), p) for p in root.glob("*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+    return [path.absolute() for _, path in sorted(named)]
 
 
 def next_run_dir(name: str, root: Path = Path("runs")) -> Path:
     """The first free `runs/<name>-NNN`."""
-    taken = [int(m[1]) for p in root.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
-    return (root / f"{name}-{max(taken, default=0) + 1:03d}").absolute()
+    last = next((int(path.name.rpartition("-")[2]) for path in reversed(run_dirs(name, root))), 0)
+    return (root / f"{name}-{last + 1:03d}").absolute()
 
 
 def with_run_dir(config: Config, path: Path) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": path})})
-
-
-def _open_directory(config: Config, resume: bool, writes: bool) -> tuple[RunDir, Checkpoint | None]:
-    path = config.train.run_dir
-    assert path is not None, "the command line resolves train.run_dir before a run is opened"
-    directory = RunDir(path, writes)
-    saved = path / "config.yaml"
-    if resume:
-        if not saved.exists():
-            raise InputError("a run directory with config.yaml", "none", file=path, field="--resume")
-        same_config(config, load_config(saved), saved)
-        last = checkpoint.newest(directory.checkpoints)
-        if last is not None and last.step > config.train.steps:
-            expected = f"at least the {last.step} steps already done"
-            raise InputError(expected, str(config.train.steps), field="train.steps")
-        return directory, last
-    if path.exists() and not path.is_dir():
-        raise InputError("a folder", "a file", file=path, field="train.run_dir")
-    if path.exists() and any(path.iterdir()):
-        raise InputError(
-            "a new or empty folder", "a folder with files", file=path, field="train.run_dir",
-            hint="--resume goes on with a run",
-        )  # fmt: skip
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("a folder that can be made", str(error.strerror), file=path, field="train.run_dir") from error
-    return directory, None
-
-
-def same_config(config: Config, saved: Config, file: Path) -> None:
-    """Raise InputError where a config is not that of the run it goes on with."""
-    now, then = _flat(config), _flat(saved)
-    constant = config.optim.schedule == "constant"  # other schedules depend on the number of steps
-    free = (*_FREE_TO_CHANGE, "train.steps") if constant else _FREE_TO_CHANGE
-    changed = [key for key in now if now[key] != then[key] and not key.startswith(free)]
-    raise_all([
-        InputError(repr(then[key]), repr(now[key]), file=file, field=key, hint="a resumed run keeps its config")
-        for key in changed
-    ])  # fmt: skip
-
-
-def _flat(config: Config) -> dict[str, object]:
-    return {f"{s}.{k}": v for s, keys in config.model_dump(mode="json").items() for k, v in keys.items()}
 
 
 def _teacher_cache(config: Config, model: LanguageModel) -> TeacherCache | None:

@@ -33,7 +33,9 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a response ends with the token after which its text contains one
 
     @staticmethod
-    def of(config: RolloutConfig) -> Sampling:
+    def of(config: RolloutConfig, greedy: bool = False) -> Sampling:
+        if greedy:
+            return Sampling.greedy(config.max_new_tokens, config.stop)
         return Sampling(
             config.group_size,
             config.max_new_tokens,

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opsd.config import Config
 from opsd.data import Example
 from opsd.engine import response_hidden
 from opsd.group import Group, micro_batches
@@ -29,15 +30,18 @@ from opsd.teacher import score
 from opsd_kernels import Head
 
 
-def sample(run: Run, examples: list[Example], step: int) -> Group:
-    """G responses per row from the student's own view; for `sft`, the rows' own answers instead."""
+def sample(run: Run, examples: list[Example], step: int, greedy: bool = False) -> Group:
+    """G responses per row from the student's own view; for `sft`, the rows' own answers instead.
+
+    greedy: as held-out rows are measured, one response per row, and no answer seen with privilege.
+    """
     if run.config.objective.kind == "sft":
-        return _gold(run, examples, step)
+        return _gold(run, examples, step, 0.0 if greedy else run.config.objective.teacher_view_fraction)
     prompts = [run.prompts.student(example) for example in examples]
     teaches = run.config.objective.kind == "distill"
     views = [run.prompts.teacher(example) for example in examples] if teaches else None
     seeds = [run.seed(step, place, "rollout") for place in map(run.world.place, range(len(examples)))]
-    responses = run.rollouts(prompts, Sampling.of(run.config.rollout), seeds)
+    responses = run.rollouts(prompts, Sampling.of(run.config.rollout, greedy), seeds)
     texts = decode(run.model.tokenizer, responses)
     return Group(examples, prompts, views, responses, texts, _scores(run, examples, responses, texts))
 
@@ -59,13 +63,13 @@ def teach(run: Run, group: Group) -> tuple[Tensor, Head | None] | None:
     return score(run.teacher, run.model, group.views, group.responses, share, run.teacher_cache, again)
 
 
-def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sums: Sums) -> Tensor:
-    """The loss of one micro-batch, ready for backward."""
+def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sums: Sums, train: bool = True) -> Tensor:
+    """The loss of one micro-batch, ready for backward. train: with dropout."""
     objective, responses = run.config.objective, group.responses
-    weights = responses.token_weights / _responses_per_step(run)
+    weights = responses.token_weights / responses_per_step(run.config)
     if group.idle:
         weights, sums = torch.zeros_like(weights), Sums()
-    with run.model.mode(train=True):
+    with run.model.mode(train):
         hidden = response_hidden(run.model, group.prompts, responses, run.config.engine.share_prefix)
     head = run.model.head
 
@@ -90,8 +94,7 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sum
     return loss
 
 
-def _gold(run: Run, examples: list[Example], step: int) -> Group:
-    fraction = run.config.objective.teacher_view_fraction
+def _gold(run: Run, examples: list[Example], step: int, fraction: float) -> Group:
     prompts, tokens = [], []
     for item, example in enumerate(examples):
         place = run.world.place(item)
@@ -116,6 +119,6 @@ def _scores(run: Run, examples: list[Example], responses: Responses, texts: list
     }
 
 
-def _responses_per_step(run: Run) -> int:
-    per_prompt = 1 if run.config.objective.kind == "sft" else run.config.rollout.group_size
-    return run.config.train.prompts_per_step * per_prompt
+def responses_per_step(config: Config) -> int:
+    per_prompt = 1 if config.objective.kind == "sft" else config.rollout.group_size
+    return config.train.prompts_per_step * per_prompt

@@ -10,30 +10,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
-from opsd.errors import InputError
 from opsd.evaluate import measure
 from opsd.metrics import Sums, log_step
 from opsd.report import write_report
-from opsd.run import Run, next_run_dir, open_run, save, with_run_dir
+from opsd.resume import is_run, newest_run, saved_config
+from opsd.run import Run, next_run_dir, open_run, run_dirs, with_run_dir
+from opsd.saving import is_best, save, stop_if_asked
 from opsd.step import learn, passes, sample, teach
+from opsd.stop import Stop, Stopped, on_signals
 from opsd.world import World, joined
 
+AUTO = "auto"
 
-def train(config: Config, resume: bool = False, world: World | None = None) -> Run:
-    """Train, and return the finished run. Everything a step draws is a function of (seed, step)."""
-    with open_run(config, resume, world) as run:
+
+def train(config: Config, resume: bool = False, world: World | None = None, stop: Stop | None = None) -> Run:
+    """Train, and return the finished run. Everything a step draws is a function of (seed, step).
+
+    stop: asked, the run makes the update it is at or gives it up, saves, and raises Stopped.
+    """
+    with open_run(config, resume, world, stop) as run:
         if run.start == 0:
             measure(run, step=0)
         for step in range(run.start, config.train.steps):
+            stop_if_asked(run, step)
             torch.manual_seed(run.seed(step, run.world.rank, "dropout"))
             with run.clock.phase("rollout"):
                 group = sample(run, run.rows(step), step)
+            stop_if_asked(run, step)
             for _ in range(config.objective.updates_per_rollout):
                 sums = Sums()  # the last update's are logged
                 for part in passes(run, group):
@@ -43,13 +53,13 @@ def train(config: Config, resume: bool = False, world: World | None = None) -> R
                         loss = learn(run, part, target, sums)
                         loss.backward()
                 with run.clock.phase("student"):
-                    sums.add(**run.optimizer.step(step))
+                    sums.add(**run.optimizer.step(step, sums.loss))
                     run.teacher.update()
 
             log_step(run, step + 1, sums, group)
             if due(step + 1, config.evaluate.every, config.train.steps):
                 measure(run, step + 1)
-            if due(step + 1, config.checkpoint.every, config.train.steps):
+            if due(step + 1, config.checkpoint.every, config.train.steps) or is_best(run, step + 1):
                 save(run, step + 1)
     return run
 
@@ -60,42 +70,55 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    with joined() as world:
-        with world.in_turn():
-            config = _config(args)
-        if config.train.run_dir is None:
-            file, _ = split_words(args.words)
-            name = file.stem if file else "embedded"
-            config = with_run_dir(config, Path(world.told(str(next_run_dir(name)))))
-        finished = train(config, args.resume is not None, world)
+    with on_signals() as stop, joined() as world:
+        try:
+            with world.in_turn():
+                config = _config(args, stop)
+            run_dir, resume = _place(args, config, world)
+            finished = train(with_run_dir(config, run_dir), resume, world, stop)
+        except Stopped as stopped:
+            if world.main:
+                print(stopped)
+            return
         if world.main:
             write_report(finished.directory)
 
 
-def _config(args: argparse.Namespace) -> Config:
+def _config(args: argparse.Namespace, stop: Stop) -> Config:
     file, words = split_words(args.words)
-    if args.resume is not None:
-        return _resumed(args.resume, file, words)
-    if file is None:
-        # builds data and a cold-started model where they are not cached
-        from opsd.affect.embedded import prepare
+    if args.resume not in (None, AUTO):
+        return load_config(file or saved_config(Path(args.resume)), words)
+    if file is not None:
+        return load_config(file, words)
+    # builds data and a cold-started model where they are not cached
+    from opsd.affect.embedded import prepare
 
-        return prepare(words, train)
-    return load_config(file, words)
+    try:
+        return prepare(words, partial(train, stop=stop))
+    except Stopped as stopped:
+        raise Stopped("stopped while the job was made; the same command makes it") from stopped
 
 
-def _resumed(run_dir: Path, file: Path | None, words: list[str]) -> Config:
-    """The config of an interrupted run: its own, or a given file that must say the same."""
-    saved = run_dir / "config.yaml"
-    if not saved.exists():
-        raise InputError("a run directory with config.yaml", "none", file=run_dir, field="--resume")
-    return with_run_dir(load_config(file or saved, words), run_dir.absolute())
+def _place(args: argparse.Namespace, config: Config, world: World) -> tuple[Path, bool]:
+    """The run's folder, and whether there is a run in it to go on with; the first process looks."""
+    if args.resume not in (None, AUTO):
+        return Path(args.resume).absolute(), True
+    file, _ = split_words(args.words)
+    name, told, old = file.stem if file else "embedded", config.train.run_dir, None
+    if args.resume == AUTO and world.main:
+        old = newest_run(config, run_dirs(name)) if told is None else told if is_run(told) else None
+    run_dir = Path(world.told(str(old or told or next_run_dir(name))))
+    return run_dir, world.told("old" if old else "new") == "old"
 
 
 def main(argv: list[str] | None = None) -> int:
     about = "On-policy self-distillation. Without a config file: the embedded multimodal job."
     made = parser("python -m opsd.train", about)
-    made.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with the run in this folder")
+    made.add_argument(
+        "--resume",
+        metavar=f"RUN_DIR|{AUTO}",
+        help="go on with the run in this folder; auto: with the newest run of this config, or begin one",
+    )
     return guard(run, made, argv)
 
 

@@ -250,17 +250,54 @@ def test_a_users_own_empty_folder_survives_a_failed_start(job, capsys):
     assert (job / "run").is_dir()
 
 
-@pytest.mark.parametrize("what", ["loss", "grad_norm"])
-def test_a_run_whose_loss_or_gradient_is_no_number_ends_before_it_is_saved(job, capsys, monkeypatch, what):
+def breaks(monkeypatch, what: str, steps: set[int]) -> None:
+    """The loss, or the gradient alone, is no number in these steps (counted from 1)."""
     from opsd.objectives.distill import distill_loss
+    from opsd.optim import Optimizer
+
+    done = []
+    whole = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, *args: done.append(1) or whole(self, *args))
 
     def broken(hidden, *rest):
-        if what == "grad_norm":
+        now = len(done) + 1 in steps
+        if what == "grad_norm" and now:
             hidden.register_hook(lambda grad: grad * float("inf"))
         loss, sums = distill_loss(hidden, *rest)
-        return (loss + float("nan") if what == "loss" else loss), sums
+        return (loss + float("nan") if what == "loss" and now else loss), sums
 
     monkeypatch.setattr("opsd.step.distill_loss", broken)
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_steps_that_are_no_numbers_are_left_out_counted_and_end_the_run_after_some(job, capsys, monkeypatch, what):
+    breaks(monkeypatch, what, {2, 3, 4})
+    err = run(job, "checkpoint.every=1", "checkpoint.keep=9", "train.max_skipped_updates=2", capsys=capsys)
+    assert "'train.max_skipped_updates': expected a finite loss and gradient; found none in 3 updates" in err
+    saved = {path.parent.name: path.read_bytes() for path in (job / "run").glob("checkpoints/step-*/model.safetensors")}
+    assert sorted(saved) == ["step-000001", "step-000002", "step-000003"], "step 4 ended before it was saved"
+    assert len(set(saved.values())) == 1, "weights stay as they are, to the bit"
+    lines = [json.loads(line) for line in (job / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in lines] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_run_goes_on_after_steps_that_are_no_numbers(job, capsys, monkeypatch):
+    breaks(monkeypatch, "loss", {1, 3})  # not in a row: the count begins again
+    words = ["train.max_skipped_updates=1", "log.every=4", "checkpoint.every=1", "checkpoint.keep=9"]
+    run(job, *words, capsys=capsys, status=0)
+    (line,) = [json.loads(text) for text in (job / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["skipped_updates"] == 2.0
+    weights = [path.read_bytes() for path in sorted((job / "run").glob("checkpoints/step-*/model.safetensors"))]
+    assert weights[0] != weights[1] == weights[2] != weights[3]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(job, capsys, monkeypatch):
+    from opsd.teacher import ShadowTeacher
+
+    def ruin(self):
+        next(iter(self.parameters.values())).data[0, 0] = float("nan")
+
+    monkeypatch.setattr(ShadowTeacher, "update", ruin)
     err = run(job, "checkpoint.every=1", capsys=capsys)
-    assert f"'{what}': expected a finite number" in err and "step 1" in err
-    assert not list((job / "run").glob("checkpoints/step-*"))
+    assert "expected weights that are finite numbers; found others in model.embed_tokens.weight" in err
+    assert not list((job / "run" / "checkpoints").glob("*")) and not list((job / "run" / "checkpoints").glob(".*"))

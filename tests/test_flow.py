@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opsd import checkpoint
 from opsd import train as loop
 from opsd.engine import response_hidden
 from opsd.evaluate import measure
@@ -17,6 +16,7 @@ from opsd.log import RunDir
 from opsd.metrics import Sums
 from opsd.objectives.logprobs import token_logprobs
 from opsd.run import open_run
+from opsd.shelf import Shelf
 from opsd.step import learn, sample, teach
 from opsd.train import train
 from tests.jobs import text_job
@@ -61,7 +61,7 @@ def test_the_ema_teacher_follows_every_update(finished):
 def test_last_is_the_newest_checkpoint(finished):
     last = finished.train.run_dir / "checkpoints" / "last"
     assert last.resolve() == checkpoints(finished)[-1].resolve()
-    assert checkpoint.newest(last.parent).path.name == last.resolve().name
+    assert Shelf(last.parent).newest().path.name == last.resolve().name
 
 
 def test_the_first_record_is_what_the_parts_of_the_step_give(finished, tmp_path):

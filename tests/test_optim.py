@@ -85,6 +85,32 @@ def test_the_first_step_of_adamw_by_hand():
         torch.testing.assert_close(p.detach(), start[name] * 0.95 - 0.1 * grad.sign(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("what", ["nan", "inf", "loss"])
+def test_a_step_that_is_no_number_changes_nothing(what):
+    """The run with it equals the run without it, to the bit, moments and step counts and all."""
+    runs = []
+    for bad_at in (None, 2):
+        model = Toy()
+        optimizer = Optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.1), STEPS)
+        for step in range(5):
+            if step == bad_at:
+                for i, (p, grad) in enumerate(zip(model.trainable().values(), gradients(step), strict=True)):
+                    p.grad = grad.clone()
+                    if i == 0 and what != "loss":
+                        p.grad.view(-1)[0] = float(what)
+                loss = torch.tensor(math.nan if what == "loss" else 1.0)
+                assert not math.isfinite(float(optimizer.step(step, loss)["grad_norm"]) + float(loss))
+            for p, grad in zip(model.trainable().values(), gradients(step), strict=True):
+                p.grad = grad.clone()
+            optimizer.step(step, torch.tensor(1.0))
+        runs.append((model.trainable(), optimizer.state()))
+        assert optimizer.skipped.take() == (0 if bad_at is None else 1, 0)
+        assert optimizer.skipped.take() == (0, 0)
+    for before, after in zip(*runs, strict=True):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("kind", "warmup", "want"),
     [

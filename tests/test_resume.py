@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opsd import checkpoint
 from opsd.errors import InputError
 from opsd.run import with_run_dir
+from opsd.shelf import Shelf
 from opsd.train import main, train
 from tests.jobs import base_words, text_job
 
@@ -145,7 +145,7 @@ def test_only_the_newest_checkpoints_are_kept_and_no_pickle_is_written(tmp_path)
     train(config)
     folder = config.train.run_dir / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["last", "step-000003", "step-000004"]
-    assert checkpoint.newest(folder).step == 4
+    assert Shelf(folder).newest().step == 4
     suffixes = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert suffixes <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
 
@@ -167,7 +167,7 @@ def test_a_kill_while_old_checkpoints_are_dropped_or_linked_costs_nothing(tmp_pa
     (folder / "step-notes").mkdir()  # somebody's own
     (folder / "last").unlink()
     (folder / "last").symlink_to("step-000003")  # killed before the link moved
-    assert checkpoint.newest(folder).step == 4
+    assert Shelf(folder).newest().step == 4
     assert (folder / "last").resolve().name == "step-000004"
     train(text_job(tmp_path, "checkpoint.every=1", "checkpoint.keep=3", "train.steps=5"), resume=True)
     names = sorted(p.name for p in folder.iterdir())

@@ -24,7 +24,8 @@ from opsd.config import Config, dump_config, load_config
 from opsd.data import read_examples
 from opsd.environment import environment
 from opsd.errors import InputError, writing
-from opsd.run import check_rows, next_run_dir, same_config, with_run_dir
+from opsd.resume import same_config
+from opsd.run import check_rows, next_run_dir, with_run_dir
 
 # What the embedded job's reward alone does best with on its validation clips, of rates from 3e-5 to 1e-3 and one update
 # for each rollout or two. At the rate of the other arms it collapses.

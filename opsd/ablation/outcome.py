@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from opsd import checkpoint
 from opsd.ablation.arms import ARMS, Arm
 from opsd.config import Config
 from opsd.errors import InputError
 from opsd.intervals import Accuracy, macro_f1, paired_difference, wilson
 from opsd.log import RunDir
+from opsd.shelf import Shelf
 
 Record = dict[str, Any]
 REFERENCES = ("base", "opsd")  # what every arm is compared with
@@ -56,7 +56,7 @@ def is_finished(config: Config) -> bool:
     assert config.train.run_dir is not None
     directory, steps = RunDir(config.train.run_dir), config.train.steps
     if steps:
-        last = checkpoint.newest(directory.checkpoints)
+        last = Shelf(directory.checkpoints).newest()
         return last is not None and last.step == steps
     splits = {record["split"] for record in directory.read("answers") if record["step"] == 0}
     return splits == {split for split in ("validation", "test") if getattr(config.data, split)}

@@ -71,7 +71,7 @@ def _build(folder: Path, train: Callable[[Config], Any], seed: int) -> None:
         run_dir = temporary / "cold_start"
         train(_cold_start(temporary, run_dir, seed))
         checkpoint = (run_dir / "checkpoints" / "last").resolve()
-        for name in ("trainer.safetensors", "trainer.json"):  # of no use once the cold start is over
+        for name in ("trainer.safetensors", "trainer.json", "manifest.json"):  # of no use once the cold start is over
             (checkpoint / name).unlink()
         os.replace(checkpoint, temporary / "model")
         shutil.rmtree(run_dir / "checkpoints")

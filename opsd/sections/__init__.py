@@ -43,7 +43,21 @@ class Config(Section):
             raise refuse(
                 "rollout.server", "null unless model.adapter is lora, which is what is sent", self.rollout.server
             )
+        if self.checkpoint.best != "none":
+            self._can_choose()
         return self
+
+    def _can_choose(self) -> None:
+        """Raise for a `checkpoint.best` that nothing is measured for."""
+        best = self.checkpoint.best
+        if self.data.validation is None:
+            raise refuse("checkpoint.best", "none without data.validation, whose rows it goes by", best)
+        if self.evaluate.every == 0:
+            raise refuse("checkpoint.best", "none without evaluate.every, the steps it chooses among", best)
+        if best == "loss" and self.objective.kind == "reward":
+            raise refuse("checkpoint.best", "none or accuracy for objective.kind reward", best)
+        if best == "loss" and self.train.parallel == "fsdp":  # its processes would need as many passes each
+            raise refuse("checkpoint.best", "none or accuracy for train.parallel fsdp", best)
 
 
 __all__ = [

@@ -12,6 +12,10 @@ from opsd.sections.base import Local, Section
 class CheckpointConfig(Section):
     every: int = Field(default=0, ge=0, description="Steps between checkpoints; 0 writes one at the end only.")
     keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest ones.")
+    best: Literal["none", "accuracy", "loss"] = Field(
+        default="none",
+        description="Also save and keep the best by the student's accuracy or the objective's loss on data.validation.",
+    )
 
 
 class LogConfig(Section):
@@ -34,6 +38,11 @@ class TrainConfig(Section):
     )
     prompts_per_step: int = Field(default=8, ge=1, description="Prompts per update, over all micro-batches.")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of data order, sampling and initialisation.")
+    max_skipped_updates: int = Field(
+        default=5,
+        ge=0,
+        description="Updates in a row that may be left out since loss or gradient is no number; one more ends the run.",
+    )
     run_dir: Local | None = Field(
         default=None, description="Folder of the run; null takes the next free runs/<name>-NNN."
     )

@@ -29,7 +29,7 @@ class Trainer:
         assert config.train.run_dir is not None
         checkpoints = config.train.run_dir / "checkpoints"
         (checkpoints / "step-1").mkdir(parents=True)
-        for name in ("model.safetensors", "trainer.safetensors", "trainer.json"):
+        for name in ("model.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"):
             (checkpoints / "step-1" / name).write_text(name)
         (checkpoints / "last").symlink_to("step-1")
 

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd import checkpoint
 from opsd.data import read_examples
 from opsd.page.replay import replay, top_tokens
 from opsd.page.tokens import name, pieces
 from opsd.prompts import PromptBuilder
 from opsd.rewards import accuracy
+from opsd.shelf import Shelf
 from opsd.train import train
 from opsd_kernels import Head
 from tests.jobs import text_job
@@ -22,7 +22,7 @@ def trained(folder, *words):
     config = text_job(folder, *words)
     train(config)
     rows = read_examples(folder / "rows.jsonl", config.data)
-    return config, checkpoint.newest(config.train.run_dir / "checkpoints"), rows
+    return config, Shelf(config.train.run_dir / "checkpoints").newest(), rows
 
 
 def log_probs(module, prompt, tokens):

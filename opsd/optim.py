@@ -32,7 +32,7 @@ class Optimizer:
     def step(self, step: int, loss: Tensor | float = 0.0) -> dict[str, Tensor | float]:
         """Add up the processes' gradients, clip, update, clear them. step counts from 0.
 
-        Where the loss or the gradient's norm is no finite number, weights and moments stay as they are, exactly, and the
+        Where the loss or the gradient's norm is no finite number, weights and moments stay exactly as they are, and the
         host does not look. loss: this process's part of it.
         """
         self.world.add_gradients(self.parameters.values())

@@ -1,4 +1,4 @@
-"""When a run is saved, and what with: after a step that is due, that is the best so far, or that is the last for now."""
+"""When a run is saved, and what with: after a step that is due, or the best so far, or the last for now."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_the_held_out_loss_is_the_objectives_on_greedy_answers(tmp_path):
             own = response_hidden(run.model, group.prompts, group.responses)
             with run.teacher.weights():
                 other = response_hidden(run.model, group.views, group.responses)
-            log_p, log_q = ((h @ run.model.head.T).double().log_softmax(-1) for h in (own, other))
+            log_p, log_q = ((h @ run.model.head.weight.T).double().log_softmax(-1) for h in (own, other))
     log_m = ((log_p.exp() + log_q.exp()) / 2).log()
     jsd = ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
     want = torch.stack([part.mean() for part in jsd.split(group.responses.lengths)]).mean().item()

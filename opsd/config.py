@@ -114,6 +114,8 @@ def _key_lines(node: yaml.Node | None, path: Path, above: Place = ()) -> Iterato
         return
     seen: dict[Place, int] = {}
     for key_node, value_node in node.value:
+        if isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<":
+            key_node.tag = "tag:yaml.org,2002:str"  # a key is what is written: `on` is no boolean, nothing is no null
         key, line = (*above, str(key_node.value)), key_node.start_mark.line + 1
         if key in seen:
             raise InputError(

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,14 @@ from opsd.shelf import Shelf
 from tests.jobs import base_words, text_job
 from tests.test_resume import assert_same
 
-PARTS = {"rollout": "sample", "teacher": "teach", "student": "learn", "log": "log_step", "evaluate": "measure", "save": "save"}
+PARTS = {  # of the loop, and the functions that are them
+    "rollout": "sample",
+    "teacher": "teach",
+    "student": "learn",
+    "log": "log_step",
+    "evaluate": "measure",
+    "save": "save",
+}
 WORDS = ["evaluate.every=2", "log.samples_every=1", "checkpoint.every=1"]
 JOBS = {
     "full fine-tuning, EMA teacher": [],
@@ -45,7 +51,7 @@ class Figures:
     equal: int = 0  # runs that equal the whole one: weights and trainer state to the bit, every line of every log
     lost: int = 0  # checkpoints that had their name and were not intact after a kill
     left: int = 0  # temporary files in finished runs
-    killed_in: Counter[str] = field(default_factory=Counter)
+    killed_in: dict[str, int] = field(default_factory=dict)
     unequal: list[str] = field(default_factory=list)
 
 
@@ -117,7 +123,8 @@ def _one_run(folder: Path, name: str, run_dir: Path, drawn: random.Random, figur
             return
         killed += 1
         figures.kills += 1
-        figures.killed_in[watched.now()] += 1
+        where = watched.now()
+        figures.killed_in[where] = figures.killed_in.get(where, 0) + 1
         shelf = Shelf(run_dir / "checkpoints")
         figures.lost += sum(manifest.damage(shelf.path(step)) is not None for step in shelf.steps())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from opsd.config import load_config
@@ -47,7 +47,7 @@ scalars = st.one_of(
     st.integers(min_value=2**62, max_value=2**80),
     st.floats(),
     st.text(max_size=12),
-    st.sampled_from(["1e-3", "-1", "yes", "~", "{rationale}", "\ud83d", "../../x", "http://x/y.png", "~nobody/x", "\x00"]),
+    st.sampled_from(["1e-3", "-1", "yes", "~", "{rationale}", "\ud83d", "../../x", "http://x/y.png", "~no", "\x00"]),
 )
 values = st.recursive(
     scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3), max_leaves=6
@@ -58,9 +58,10 @@ garbage = st.one_of(
         b"!!python/object/apply:os.system ['touch CANARY']",
         b"!!python/object/new:os.system ['touch CANARY']",
         b"!!python/name:os.system",
-        b"&a [*a]", b"&a {b: *a}", b"<<: *nothing", b"? [1, 2]\n: 3", b"---\n---\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\x00",
-        b"{" * 2000, b"[" * 2000, b"- " * 2000, b"9" * 5000, b"1e999", b"2020-13-45", b"0o9", b"!!binary x", b"!!int x", b"!!float x", b"!!timestamp x", b"\xed\xa0\x80",
-        LAUGHS.encode(), b"model: " + b"&a " * 3, b'"\\ud800"', b'"\\x"', b"!!set {a, b}", b"!!omap [a: 1]",
+        b"&a [*a]", b"&a {b: *a}", b"<<: *nothing", b"model: &a &a ", b"? [1, 2]\n: 3", b"---\n---\n",
+        b"\xff\xfe", b"\xef\xbb\xbf", b"\x00", b"\xed\xa0\x80", b'"\\ud800"', b'"\\x"',
+        b"{" * 2000, b"[" * 2000, b"- " * 2000, b"9" * 5000, b"1e999", b"2020-13-45", b"0o9",
+        b"!!binary x", b"!!int x", b"!!float x", b"!!timestamp x", b"!!set {a, b}", b"!!omap [a: 1]", LAUGHS.encode(),
     ]),
 )  # fmt: skip
 
@@ -84,8 +85,10 @@ def row_files(draw: st.DrawFn) -> bytes:
     """Three rows, the second of them with a field set to anything, or bytes put, cut or exchanged."""
     row: Any = json.loads(json.dumps(ROW))
     for _ in range(draw(st.integers(0, 2))):
-        name = draw(st.sampled_from([*ROW, "answer", "subtitle", "teacher_images", "privileged_context"]) | st.text(max_size=5))
-        row[name] = draw(values | st.just([{"role": "user", "content": draw(values)}]) | _parts())
+        known = st.sampled_from([*ROW, "answer", "subtitle", "teacher_images", "privileged_context"])
+        row[draw(known | st.text(max_size=5))] = draw(
+            values | st.just([{"role": "user", "content": draw(values)}]) | _parts()
+        )
     spoilt = draw(_spoilt(json.dumps(row).encode()))
     first, last = ({**ROW, "id": name} for name in ("first", "last"))
     return b"\n".join([json.dumps(first).encode(), spoilt, json.dumps(last).encode(), b""])
@@ -113,31 +116,25 @@ def _spoilt(draw: st.DrawFn, text: bytes) -> bytes:
 
 
 def refusals(kind: str, inputs: int) -> dict[str, int]:
-    """How many of `inputs` malformed files were refused, and how many were well-formed after all.
+    """How many malformed files were refused, at least `inputs`, and how many were well-formed after all.
 
     Raises what an input made the reader raise, but for InputError; AssertionError for one without its place.
     """
-    strategy = {"config": config_files(), "rows": row_files()}[kind]
     counts = {"refused": 0, "accepted": 0}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
 
-        @settings(
-            max_examples=inputs, deadline=None, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(strategy)
         def read(content: bytes) -> None:
-            refused = _read(kind, folder, content)
-            counts["refused" if refused else "accepted"] += 1
+            counts["refused" if _read(kind, Path(folder), content) else "accepted"] += 1
             assert not list(Path.cwd().glob("CANARY")), "an input ran a command"
 
+        seeded = 0
         while counts["refused"] < inputs:
-            before = dict(counts)
-            read()
-            if counts == before:
-                break
-            read = settings(read, derandomize=False, max_examples=inputs - counts["refused"] + 50)(read)
+            calm = settings(
+                max_examples=max(50, inputs - counts["refused"]), deadline=None, database=None,
+                phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            calm(seed(seeded)(given({"config": config_files(), "rows": row_files()}[kind])(read)))()
+            seeded += 1
     return counts
 
 
@@ -153,12 +150,13 @@ def _read(kind: str, folder: Path, content: bytes) -> bool:
         with _in_time():
             reads[kind]()
     except InputError as error:
-        problems = error.problems if isinstance(error, InputErrors) else (error,)
-        for problem in problems:
-            _check_place(kind, problem, path)
-        assert len(str(error)) < 100_000, "a message that nobody can read"
-        return True
-    return False
+        refused = error
+    else:
+        return False
+    for problem in refused.problems if isinstance(refused, InputErrors) else (refused,):
+        _check_place(kind, problem, path)
+    assert len(str(refused)) < 10_000, "a message that nobody reads"
+    return True
 
 
 def _check_place(kind: str, problem: InputError, path: Path) -> None:

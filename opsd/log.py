@@ -14,7 +14,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ class RunDir:
         """writes: False for a process that leaves the writing to another."""
         self.path, self.writes = path, writes
         self.checkpoints = path / "checkpoints"
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # they hear every record
 
     def append(self, name: str, *records: dict[str, Any]) -> None:
         if not self.writes:
@@ -43,6 +44,9 @@ class RunDir:
         file = self.path / f"{name}.jsonl"
         with writing(file), file.open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        for listener in self.listeners:
+            for record in records:
+                listener(name, record)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a file; the half line a kill may have left is not one."""

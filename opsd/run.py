@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from opsd import checkpoint
+from opsd import checkpoint, trackers
 from opsd.config import Config, dump_config
 from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
@@ -101,6 +101,7 @@ def open_run(
     new = config.train.run_dir is not None and not config.train.run_dir.exists()
     with world.in_turn():
         _check_world(config, world)
+        trackers.find(config)
         directory = open_directory(config, resume, world.main)
     with alone(directory.path) if world.main else nullcontext():
         try:
@@ -114,7 +115,8 @@ def open_run(
             if world.main:
                 _begin(run)
         try:
-            yield run
+            with trackers.listening(config, directory) if world.main else nullcontext():
+                yield run
         finally:
             run.prompts.close()
             run.progress.close()

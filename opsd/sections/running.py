@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,10 @@ class LogConfig(Section):
     every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
     samples_every: int = Field(default=20, ge=0, description="Steps between sampled responses; 0 writes none.")
     samples: int = Field(default=4, ge=0, description="Responses written each time.")
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = Field(
+        default=(), description="Trackers that get every number too, each installed by its own name."
+    )
+    project: str = Field(default="opsd", min_length=1, description="Name of the project in W&B and trackio.")
     progress: Literal["auto", "rich", "plain", "none"] = Field(default="auto", description="auto: rich on a terminal.")
 
 

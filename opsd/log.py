@@ -1,4 +1,4 @@
-"""The run directory and what a person sees: metrics, samples, evaluations, progress.
+"""The run directory: metrics, evaluations, samples; the clock and the memory they tell of.
 
 RUN/config.yaml         the resolved config
 RUN/metrics.jsonl       one line per logged step
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -115,82 +115,3 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
-
-
-class Progress(Protocol):
-    def step(self, record: dict[str, Any]) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def make_progress(kind: str, steps: int) -> Progress:
-    """`rich` on a terminal, plain lines elsewhere, nothing for "none"."""
-    if kind == "none":
-        return _Silent()
-    if kind == "plain" or (kind == "auto" and not sys.stdout.isatty()):
-        return _Plain(steps)
-    return _Rich(steps)
-
-
-def summary(record: dict[str, Any]) -> str:
-    """One line of a step's metrics; what a step does not have (no teacher, no rollout) is left out."""
-    names = {"loss": "loss", "divergence": "div/token", "accuracy": "accuracy", "response_length": "length"}
-    parts = [f"{label} {record[name]:.4g}" for name, label in names.items() if name in record]
-    speeds = [f"{phase} {record[key]:.0f}" for phase in PHASES if (key := f"{phase}_tokens_per_second") in record]
-    if "saved_tokens" in record:
-        parts.append(f"saved {record['saved_tokens']:.0%}")
-    return "  ".join(parts) + ("  tok/s " + " ".join(speeds) if speeds else "")
-
-
-class _Silent:
-    def step(self, record: dict[str, Any]) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Plain:
-    """Lines for a log file: the first step, then one about every two seconds, and the last."""
-
-    def __init__(self, steps: int):
-        self.steps, self._last = steps, -1e9
-
-    def step(self, record: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._last >= 2.0 or record["step"] >= self.steps:
-            self._last = now
-            print(f"step {record['step']}/{self.steps}  {summary(record)}", flush=True)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def close(self) -> None: ...
-
-
-class _Rich:
-    """A bar with the time left, and under it what the last logged step measured."""
-
-    def __init__(self, steps: int):
-        from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-        self._task = self._bar.add_task("", total=steps)
-        self._live = Live(self._bar)
-        self._live.start()
-
-    def step(self, record: dict[str, Any]) -> None:
-        from rich.console import Group
-        from rich.text import Text
-
-        self._bar.update(self._task, completed=record["step"])
-        self._live.update(Group(self._bar, Text(summary(record).replace("  tok/s ", "\ntokens/s  "))))
-
-    def say(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self._live.stop()

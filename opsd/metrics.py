@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from opsd.config import TrainConfig
+from opsd.data import Example
 from opsd.errors import InputError
 from opsd.group import Group
 from opsd.log import PHASES, peak_memory_mib
+from opsd.page.tokens import pieces
 from opsd.run import Run
 
 _PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student",)}  # where tokens are computed
@@ -18,6 +23,8 @@ class Sums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
+        self._largest: list[Tensor] = []  # divergence of a token, of every micro-batch
+        self._divergences: list[tuple[Group, Tensor]] = []
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -28,16 +35,37 @@ class Sums:
         """Of the micro-batches so far."""
         return self._sums.get("loss", 0.0)
 
+    def tokens(self, group: Group, values: dict[str, Tensor]) -> None:
+        """What `distill_loss` tells of the tokens of a micro-batch, (N,) each."""
+        gap = (values["student_entropy"] - values["teacher_entropy"]).abs()
+        self.add(entropy_gap=gap.sum(), **{name: value.sum() for name, value in values.items()})
+        self._largest.append(values["divergence"].amax())
+        self._divergences.append((group, values["divergence"]))
+
     def read(self) -> dict[str, float]:
         return {name: float(value) for name, value in self._sums.items()}
+
+    def largest_divergence(self) -> float | None:
+        return float(torch.stack(self._largest).amax()) if self._largest else None
+
+    def divergences(self, wanted: list[tuple[Example, str]]) -> list[list[float] | None]:
+        """Per token of some responses, each named by its row and its text; None without a teacher."""
+        found: dict[tuple[int, str], Tensor] = {}
+        for group, values in self._divergences:
+            parts = values.split(list(group.responses.lengths))
+            found |= {(id(row), text): part for row, text, part in zip(group.rows, group.texts, parts, strict=True)}
+        parts_wanted = [found.get((id(row), text)) for row, text in wanted]
+        return [None if part is None else part.tolist() for part in parts_wanted]
 
 
 def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
-    Per token: divergence, entropies (nats), and clipped, the share to which the ratio's clip leaves no gradient. Per
-    response: accuracy, format, truncated, response_length (tokens), and leak_rate, the share that speaks of what only
-    the teacher sees. skipped_updates: left out since the last line.
+    Per token: divergence, entropies and entropy_gap |H_S - H_T| (nats), top1_agreement, the share on which both sides
+    find the same token likeliest, and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
+    is that of a single token: the tail that a mean hides. Per response: accuracy, format, truncated (no end came),
+    response_length (tokens), and leak_rate, the share that speaks of what only the teacher sees. skipped_updates: left
+    out since the last line.
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. skipped_rows is
     how many rows of the step had a file that does not decode. Beside the rollout, whose texts are read on the host,
@@ -47,7 +75,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     counts = run.model.tokens.take()
     config = run.config.log
     if config.samples_every and (step % config.samples_every == 0 or step == 1):
-        _log_samples(run, step, group)
+        _log_samples(run, step, group, sums)
     if step % config.every and step != run.config.train.steps:
         return
     values, seconds = _of_all(run, sums.read() | group.scores), run.clock.read()
@@ -59,8 +87,10 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
     for name in ("grad_norm", "lr"):
         record[name] = values.pop(name)
-    per_token = ("divergence", "student_entropy", "teacher_entropy", "clipped")
+    per_token = ("divergence", "student_entropy", "teacher_entropy", "entropy_gap", "top1_agreement", "clipped")
     record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
+    if (largest := sums.largest_divergence()) is not None:
+        record["divergence_max"] = run.world.largest(largest)
     steps = step - run.logged
     objective = run.config.objective
     passes = {"student": objective.updates_per_rollout}
@@ -102,6 +132,15 @@ def _check_skipped(in_a_row: int, config: TrainConfig, step: int) -> None:
         )
 
 
-def _log_samples(run: Run, step: int, group: Group) -> None:
-    for example, text in list(zip(group.rows, group.texts, strict=True))[: run.config.log.samples]:
-        run.directory.append("samples", {"step": step, "id": example.id, "label": example.label, "response": text})
+def _log_samples(run: Run, step: int, group: Group, sums: Sums) -> None:
+    """The first responses of the step, with what every token added to the text and its divergence."""
+    some = list(zip(group.rows, group.texts, strict=True))[: run.config.log.samples]
+    for place, ((row, text), divergences) in enumerate(zip(some, sums.divergences(some), strict=True)):
+        record = {"step": step, "id": row.id, "label": row.label, "response": text}
+        if divergences is not None:
+            ids = group.responses.tokens[place, : len(divergences)].tolist()
+            record["tokens"] = pieces(run.model.tokenizer, ids)
+            record["divergence"] = [float(f"{v:.4g}") if math.isfinite(v) else None for v in divergences]
+        run.directory.append("samples", record)
+        if place < run.config.log.show:
+            run.progress.sample(record)

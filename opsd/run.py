@@ -16,12 +16,13 @@ from opsd.config import Config, dump_config
 from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
 from opsd.loading import load_model
-from opsd.log import Clock, Progress, RunDir, make_progress
+from opsd.log import Clock, RunDir
 from opsd.model import LanguageModel
 from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.parts import what_trains
 from opsd.prefix_store import open_store
+from opsd.progress import Progress, make_progress
 from opsd.prompt_cache import VIEWS, PromptCache, verify
 from opsd.prompts import PromptBuilder, can_teach
 from opsd.resume import alone, open_directory, start_from

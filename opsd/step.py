@@ -78,8 +78,8 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sum
 
     if objective.kind == "distill":
         assert target is not None
-        loss, token_sums = distill_loss(hidden, head, *target, weights, objective)
-        sums.add(**token_sums)
+        loss, tokens = distill_loss(hidden, head, *target, weights, objective)
+        sums.tokens(group, tokens)
         if objective.alpha > 0:  # a branch: alpha = 0 is pure distillation to the bit
             assert group.advantages is not None
             loss = loss + objective.alpha * reward_loss(logprobs(), group.advantages, responses.lengths, weights)

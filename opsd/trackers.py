@@ -67,7 +67,7 @@ def scalars(file: str, record: dict[str, Any]) -> dict[str, float]:
 
 def find(config: Config) -> dict[str, Any]:
     """The module of each of `log.to`. Raises InputError for one that is not installed."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in config.log.to:
         try:
             found[name] = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)

@@ -21,7 +21,7 @@ RANKS = [
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
     "liger",
     "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
-    "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives optim log trackers",
+    "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives optim log progress trackers",
     "checkpoint shelf resume group run saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize train merge ablation ablate",

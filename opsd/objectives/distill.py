@@ -22,16 +22,18 @@ def distill_loss(
     token_weights: Tensor,  # (N,) fp32, 1 / (T_i * responses of the step)
     config: ObjectiveConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The divergence term, summed with the token weights, and sums over tokens for the metrics."""
+    """The divergence term, summed with the token weights, and what the metrics tell of each token, (N,) fp32 each:
+    divergence and entropies (nats), top1_agreement (1 where both sides' likeliest token is the same)."""
     weighted, stats = token_divergence(
         student_hidden, student_head, teacher_hidden, teacher_head, config, token_weights
     )
-    sums = {
-        "divergence": (weighted.detach() / token_weights).sum(),
-        "student_entropy": stats.student_entropy.sum(),
-        "teacher_entropy": stats.teacher_entropy.sum(),
+    tokens = {
+        "divergence": weighted.detach() / token_weights,
+        "student_entropy": stats.student_entropy,
+        "teacher_entropy": stats.teacher_entropy,
+        "top1_agreement": stats.top1_agreement,
     }
-    return weighted.sum(), sums
+    return weighted.sum(), tokens
 
 
 def token_divergence(

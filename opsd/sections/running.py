@@ -22,6 +22,7 @@ class LogConfig(Section):
     every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
     samples_every: int = Field(default=20, ge=0, description="Steps between sampled responses; 0 writes none.")
     samples: int = Field(default=4, ge=0, description="Responses written each time.")
+    show: int = Field(default=0, ge=0, description="Of those, how many also in the terminal, token by token.")
     to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = Field(
         default=(), description="Trackers that get every number too, each installed by its own name."
     )

@@ -83,8 +83,7 @@ class _Plain:
 
     def sample(self, record: dict[str, Any]) -> None:
         """Each token with its divergence behind it where that is worth a look."""
-        pairs = zip(record.get("tokens", [record["response"]]), record.get("divergence", [0.0]), strict=True)
-        text = "".join(f"{token}[{d:.2f}]" if d is not None and d >= _SHADES[-1][0] else token for token, d in pairs)
+        text = "".join(f"{token}[{d:.2f}]" if d >= _SHADES[-1][0] else token for token, d in _tokens(record))
         print(f"{_about(record)} {text}", flush=True)
 
     def _time_left(self, now: float, step: int) -> str:
@@ -124,11 +123,8 @@ class _Rich:
         from rich.text import Text
 
         line = Text(_about(record) + " ", style="dim")
-        pairs = zip(record.get("tokens", [record["response"]]), record.get("divergence", [0.0]), strict=True)
-        for token, divergence in pairs:
-            line.append(
-                token, style=next((style for least, style in _SHADES if (divergence or 0.0) >= least), "default")
-            )
+        for token, divergence in _tokens(record):
+            line.append(token, style=next((style for least, style in _SHADES if divergence >= least), "default"))
         self._live.console.print(line)
 
     def close(self) -> None:
@@ -137,3 +133,9 @@ class _Rich:
 
 def _about(record: dict[str, Any]) -> str:
     return f"step {record['step']}  {record['id']} ({record['label'] or 'no label'}):"
+
+
+def _tokens(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """What each token added and its divergence; the whole text and 0 where there is no teacher, or no finite number."""
+    values = [value or 0.0 for value in record.get("divergence", [0.0])]
+    return list(zip(record.get("tokens", [record["response"]]), values, strict=True))

@@ -65,13 +65,28 @@ def load_model(
     return model
 
 
+def is_whole(config: ModelConfig) -> bool:
+    """Whether the model of the config lies in a checkpoint that has a talker beside it."""
+    return _architecture(_read_config(config.path, config)) in _THINKERS
+
+
+def _read_config(path: str, config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    with explained("a model folder or hub id", field="model.path"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+
+
+def _architecture(hf_config: Any) -> str:
+    return (hf_config.architectures or ["(none)"])[0]
+
+
 def _read_weights(path: str, config: ModelConfig) -> Any:
     """The model in the class its config names, every weight read; a full Omni checkpoint is opened as its thinker."""
     import transformers
 
-    with explained("a model folder or hub id", field="model.path"):
-        hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    architecture = (hf_config.architectures or ["(none)"])[0]
+    hf_config = _read_config(path, config)
+    architecture = _architecture(hf_config)
     architecture = _THINKERS.get(architecture, architecture)
     cls: Any = getattr(transformers, architecture, object)
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)

@@ -40,9 +40,9 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {f"{n}:{k}": t for n in names for k, t in load_file(last / n).items()}
 
 
-def assert_same(a: Path, b: Path) -> None:
+def assert_same(a: Path, b: Path, files: tuple[str, ...] = ("evaluations.jsonl", "samples.jsonl")) -> None:
     assert metrics(a) == metrics(b)
-    for name in ("evaluations.jsonl", "samples.jsonl"):
+    for name in files:
         assert (a / name).read_text() == (b / name).read_text()
     ours, theirs = weights(a), weights(b)
     assert ours.keys() == theirs.keys()

@@ -71,9 +71,15 @@ def is_whole(config: ModelConfig) -> bool:
 
 
 def _read_config(path: str, config: ModelConfig) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     with explained("a model folder or hub id", field="model.path"):
+        raw, _ = PreTrainedConfig.get_config_dict(path)
+        own = raw.get("auto_map", {}).get("AutoConfig")
+        if own and raw.get("model_type") not in CONFIG_MAPPING and not config.trust_remote_code:
+            found = f"{path}, which brings code of its own ({own})"
+            hint = "model.trust_remote_code=true runs it"
+            raise InputError("a model that transformers knows", found, field="model.path", hint=hint)
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 

@@ -62,7 +62,7 @@ class PromptBuilder:
         return self._build(example, self._messages(example))
 
     def teacher(self, example: Example) -> Prompt:
-        """The prompt plus what config.privilege names: rationale and teacher images, label, or nothing."""
+        """The prompt plus what config.privilege names: rationale and teacher media, label, or nothing."""
         messages = self._messages(example)
         if self.config.privilege == "none":
             return self._build(example, messages)
@@ -73,7 +73,7 @@ class PromptBuilder:
             )
         self._refuse_special(example, self.config.privilege, value)
         if self.config.privilege == "rationale":
-            extra = [{"type": "image", "image": path} for path in example.teacher_images]
+            extra = list(example.teacher_media)
             text = self.config.teacher_template.replace("{rationale}", value)
         else:
             extra, text = [], self.config.label_template.replace("{label}", value)

@@ -1,7 +1,8 @@
 """One row: its schema, and every check that one line of a JSONL file can fail.
 
 A row has `id`, `prompt` (text, or chat messages whose content is text or parts), `rationale` (also called
-`privileged_context`), and optionally `label`, `answer`, `subtitle`, `teacher_images`. A part is
+`privileged_context`), and optionally `label`, `answer`, `subtitle`, `teacher_media` (parts that only the teacher
+sees or hears). A part is
 `{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH}` (its frames)
 or `{"type": "audio", "audio": PATH}`, which may be the same video file: its sound. Relative paths are relative to the
 folder of the JSONL file.
@@ -18,8 +19,9 @@ from typing import Any
 from opsd.config import DataConfig, at_home
 from opsd.errors import InputError, did_you_mean
 
-FIELDS = ("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_images")
-PART_TYPES = ("text", "image", "video", "audio")
+FIELDS = ("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_media")
+MEDIA_TYPES = ("image", "video", "audio")
+PART_TYPES = ("text", *MEDIA_TYPES)
 ROLES = ("system", "user", "assistant")
 
 
@@ -35,7 +37,7 @@ class Example:
     label: str | None
     answer: str | None
     subtitle: str | None
-    teacher_images: tuple[Path, ...]  # images that only the teacher sees
+    teacher_media: tuple[dict[str, Any], ...]  # parts as above, none of them text, that only the teacher gets
     file: Path
     line: int
 
@@ -49,8 +51,8 @@ class Example:
             for j, part in enumerate(message["content"]):
                 if part["type"] != "text":
                     yield f"prompt[{i}].content[{j}].{part['type']}", part["type"], part[part["type"]]
-        for i, path in enumerate(self.teacher_images):
-            yield f"teacher_images[{i}]", "image", path
+        for i, part in enumerate(self.teacher_media):
+            yield f"teacher_media[{i}].{part['type']}", part["type"], part[part["type"]]
 
 
 @dataclass
@@ -86,7 +88,7 @@ class RowParser:
             label=self._label(row),
             answer=self._optional(row, "answer"),
             subtitle=self._optional(row, "subtitle"),
-            teacher_images=self._teacher_images(row),
+            teacher_media=self._teacher_media(row),
             file=self.file,
             line=self.line,
         )
@@ -152,14 +154,14 @@ class RowParser:
             self.refuse("label", f"one of {', '.join(options)}", repr(label), did_you_mean(label, options))
         return label
 
-    def _teacher_images(self, row: dict[str, Any]) -> tuple[Path, ...]:
-        value = row.get("teacher_images")
+    def _teacher_media(self, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+        value = row.get("teacher_media")
         if value is None:
             return ()
         if not isinstance(value, list):
-            self.refuse("teacher_images", "a list of paths", _kind(value))
+            self.refuse("teacher_media", "a list of parts", _kind(value))
             return ()
-        return tuple(self._medium(f"teacher_images[{i}]", item) for i, item in enumerate(value))
+        return tuple(self._part(f"teacher_media[{i}]", part, MEDIA_TYPES) for i, part in enumerate(value))
 
     def _medium(self, field: str, value: Any) -> Path:
         """The absolute path of a file that exists; whether it decodes, `opsd.prompts.verify` says."""
@@ -202,11 +204,11 @@ class RowParser:
             "content": [self._part(f"{field}.content[{i}]", part) for i, part in enumerate(content)],
         }
 
-    def _part(self, field: str, part: Any) -> dict[str, Any]:
+    def _part(self, field: str, part: Any, types: tuple[str, ...] = PART_TYPES) -> dict[str, Any]:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in PART_TYPES:
+        if kind not in types:
             found = f"type {kind!r}" if isinstance(part, dict) else _kind(part)
-            self.refuse(field, f"a part whose type is one of {', '.join(PART_TYPES)}", found)
+            self.refuse(field, f"a part whose type is one of {', '.join(types)}", found)
         elif set(part) != {"type", kind}:
             self.refuse(field, f"the keys type and {kind}", f"keys {', '.join(map(str, part))}")
         elif kind == "text":

@@ -16,6 +16,7 @@ from tests.omni_models import save_whole
 from tests.processors import tokenizer, write_processor
 
 MULTIMODAL = ("qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni_moe")
+TEACHERS = {"image": "face-0.png", "audio": "voice-1.wav"}
 TEXT = ("qwen2", "qwen3", "gemma3")  # the jobs of all other tests are Llama's
 
 
@@ -49,7 +50,10 @@ def write_rows(folder: Path, name: str) -> Path:
         parts = [{"type": "text", "text": ("how does she feel", "what is it, then", "and now 0123")[i]}]
         parts += [{"type": "image", "image": f"face-{i}.png"}] if "image" in {*kinds} & {*media} else []
         parts += [{"type": "audio", "audio": f"voice-{i}.wav"}] if "audio" in {*kinds} & {*media} else []
-        rows.append({"id": i, "prompt": [{"role": "user", "content": parts}], "rationale": f"cue {i}", "label": "sad"})
+        row = {"id": i, "prompt": [{"role": "user", "content": parts}], "rationale": f"cue {i}", "label": "sad"}
+        if i == 1 and media:  # what only the teacher gets
+            row["teacher_media"] = [{"type": kind, kind: file} for kind, file in TEACHERS.items() if kind in media]
+        rows.append(row)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -113,6 +113,16 @@ def test_a_model_whose_logits_are_not_what_its_config_says(job, capsys):
     assert "others in LlamaForCausalLM, whose config says final_logit_softcapping=30.0" in run(job, capsys=capsys)
 
 
+def test_code_that_comes_with_a_model_is_not_run_unasked(job, capsys):
+    file = job / "model" / "config.json"
+    own = {"model_type": "llama_of_somebody", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.M"}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    (job / "model" / "own.py").write_text(f"open({str(job / 'ran')!r}, 'w')")
+    err = run(job, capsys=capsys)
+    assert "model.trust_remote_code" in err and "own.Config" in err
+    assert not (job / "ran").exists()
+
+
 def test_no_model_there(job, capsys):
     assert main([str(job / "job.yaml"), *base_words(job), f"model.path={job / 'nothing'}"]) == 2
     err = capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_a_text_prompt_becomes_one_user_message(tmp_path: Path) -> None:
         label="happy",
         answer="joy",
         subtitle="Great.",
-        teacher_images=(),
+        teacher_media=(),
         file=tmp_path / "rows.jsonl",
         line=1,
     )
@@ -66,13 +66,15 @@ def test_media_are_relative_to_the_file_and_listed_in_order(tmp_path: Path) -> N
         {"type": "audio", "audio": "clip.mp4"},
     )
     row["prompt"].insert(0, {"role": "system", "content": "Be brief."})
-    (example,) = read_examples(write(tmp_path, row | {"teacher_images": ["late.png"]}), LABELS)
+    late = [{"type": "image", "image": "late.png"}, {"type": "audio", "audio": "voice.wav"}]
+    (example,) = read_examples(write(tmp_path, row | {"teacher_media": late}), LABELS)
     assert list(example.media()) == [
         ("prompt[1].content[0].image", "image", tmp_path / "face.png"),
         ("prompt[1].content[2].audio", "audio", tmp_path / "voice.wav"),
         ("prompt[1].content[3].video", "video", tmp_path / "clip.mp4"),
         ("prompt[1].content[4].audio", "audio", tmp_path / "clip.mp4"),
-        ("teacher_images[0]", "image", tmp_path / "late.png"),
+        ("teacher_media[0].image", "image", tmp_path / "late.png"),
+        ("teacher_media[1].audio", "audio", tmp_path / "voice.wav"),
     ]
     assert example.messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 
@@ -208,17 +210,21 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
             ": field 'subtitle': expected text in valid Unicode; found half of a surrogate pair",
         ),
         (
-            ROW | {"teacher_images": "a.png"},
-            ": field 'teacher_images': expected a list of paths; found text",
+            ROW | {"teacher_media": "a.png"},
+            ": field 'teacher_media': expected a list of parts; found text",
         ),
         (
-            ROW | {"teacher_images": ["a.png"]},
-            ": field 'teacher_images[0]': expected an existing file; found no file at ",
+            ROW | {"teacher_media": [{"type": "text", "text": "psst"}]},
+            ": field 'teacher_media[0]': expected a part whose type is one of image, video, audio; found type 'text'",
+        ),
+        (
+            ROW | {"teacher_media": [{"type": "audio", "audio": "a.wav"}]},
+            ": field 'teacher_media[0].audio': expected an existing file; found no file at ",
         ),
         (
             ROW | {"rationals": "x"},
             ": field 'rationals': expected a known field, one of id, prompt, rationale, "
-            "privileged_context, label, answer, subtitle, teacher_images; found an unknown field "
+            "privileged_context, label, answer, subtitle, teacher_media; found an unknown field "
             "(did you mean 'rationale'?)",
         ),
         (

@@ -39,7 +39,7 @@ def example(*parts: dict[str, Any], **fields: Any) -> Example:
         "label": "happy",
         "answer": None,
         "subtitle": None,
-        "teacher_images": (),
+        "teacher_media": (),
     }
     content = list(parts) or [{"type": "text", "text": "How does she feel?"}]
     messages = [{"role": "user", "content": content}]
@@ -65,7 +65,7 @@ def test_the_two_views_in_full() -> None:
 
 
 def test_privilege_chooses_what_the_teacher_sees() -> None:
-    row = example(teacher_images=(Path("late.png"),))
+    row = example(teacher_media=({"type": "image", "image": Path("late.png")},))
     none = builder(privilege="none")
     assert none.teacher(row).text == none.student(row).text
     label = builder(privilege="label", label_template="It is {label}.").teacher(row).text
@@ -179,7 +179,7 @@ def clip(tmp_path: Path) -> Example:
         {"type": "audio", "audio": tmp_path / "voice.wav"},
         {"type": "text", "text": "How does she feel?"},
     )
-    return example(*parts, subtitle="Great.", teacher_images=(tmp_path / "late.png",))
+    return example(*parts, subtitle="Great.", teacher_media=({"type": "image", "image": tmp_path / "late.png"},))
 
 
 def test_the_real_processor_gives_both_views(omni: Any, clip: Example) -> None:

@@ -134,7 +134,8 @@ def test_media_are_attached_when_asked_for(rows, server, clock, tmp_path):
         container.mux([*stream.encode(frame), *stream.encode(None)])
     parts = [{"type": "image", "image": "a.png"}, {"type": "audio", "audio": "a.wav"}]
     parts += [{"type": "audio", "audio": "b.flac"}, {"type": "text", "text": "Feels?"}]
-    path = rows({"prompt": [{"role": "user", "content": parts}], "teacher_images": ["b.bmp"]})
+    late = [{"type": "image", "image": "b.bmp"}]
+    path = rows({"prompt": [{"role": "user", "content": parts}], "teacher_media": late})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     words = command(path, server)

@@ -99,7 +99,7 @@ def _clip(one: Replayed, config: Config) -> Clip:
     row, privilege = one.row, config.prompts.privilege
     hint = [Part("text", text)] if privilege != "none" and (text := getattr(row, privilege)) else []
     if hint and privilege == "rationale":
-        hint = [*(Part("image", picture(path)) for path in row.teacher_images), *hint]
+        hint = [*(_part(part, config) for part in row.teacher_media), *hint]
     turns = [(message["role"], [_part(part, config) for part in message["content"]]) for message in row.messages]
     return Clip(row, turns, hint, [("before", one.before), ("after", one.after)])
 

@@ -81,8 +81,8 @@ def moved(row: dict[str, Any], here: Path, there: Path) -> dict[str, Any]:
             {**m, "content": [part(p) for p in m["content"]]} if isinstance(m["content"], list) else m
             for m in row["prompt"]
         ]
-    if row.get("teacher_images"):
-        row["teacher_images"] = [path(name) for name in row["teacher_images"]]
+    if row.get("teacher_media"):
+        row["teacher_media"] = [part(given) for given in row["teacher_media"]]
     return row
 
 

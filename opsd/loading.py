@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
         found = f"{architecture} in {path}"
         raise InputError("a decoder architecture known to transformers", found, field="model.path")
     with explained("weights that load, and model.attention that they support", field="model.path"):
-        module, report = cls.from_pretrained(
+        module, report = _quietly(
+            cls.from_pretrained,
             path,
             dtype=torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32,
             attn_implementation=config.attention,
@@ -111,6 +113,18 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(f"all weights of {architecture}", f"{path} without {names}", field="model.path")
     return module
+
+
+def _quietly(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Without transformers' table of what was not read, such as a talker; what is missing is checked here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return load(*args, **options)
+    finally:
+        logging.set_verbosity(before)
 
 
 def _check_head(module: Any, path: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.families import AUDIO, FAMILIES, IMAGE, VIDEO, build, rope, text
+from tests.families import AUDIO, IMAGE, VIDEO, rope, text
 
 TALKER = {"audio_token_id": AUDIO, "image_token_id": IMAGE, "video_token_id": VIDEO}
 
@@ -56,14 +56,15 @@ def qwen3_omni_moe(thinker: Any) -> Any:
 WHOLE = {"qwen2_5_omni": qwen2_5_omni, "qwen3_omni_moe": qwen3_omni_moe}
 
 
-def save_whole(folder: Path, name: str, shard: str = "30KB") -> Any:
-    """Write a whole model as transformers does, in several files; returns its thinker."""
-    thinker = build(FAMILIES[name])
+def save_whole(folder: Path, name: str, thinker: Any) -> None:
+    """Write a whole model around its thinker as transformers does, in several files."""
     torch.manual_seed(1)
     whole = WHOLE[name](thinker)
+    with torch.no_grad():
+        for p in whole.parameters():  # some are made without a value
+            p.normal_(std=0.02)
     whole.thinker.load_state_dict(thinker.state_dict())
-    whole.generation_config.eos_token_id = 2
-    whole.save_pretrained(folder, max_shard_size=shard)
+    whole.generation_config = thinker.generation_config
+    whole.save_pretrained(folder, max_shard_size="30KB")
     if name == "qwen2_5_omni":
         torch.save({"Chelsie": {"cond": torch.zeros(2)}}, folder / "spk_dict.pt")
-    return thinker

@@ -44,7 +44,8 @@ def clip(folder: Path, text: str) -> Replayed:
         {"type": "text", "text": text},
     ]
     messages = [{"role": "user", "content": parts}]
-    row = Example(text, messages, text, text, None, text, (folder / "face.png",), folder / "rows.jsonl", 1)
+    late = {"type": "image", "image": folder / "face.png"}
+    row = Example(text, messages, text, text, None, text, (late,), folder / "rows.jsonl", 1)
     answer = Answer(text, False, [token(text), token("b", 0.0), token("c\n", None)])
     return Replayed(row, answer, answer)
 

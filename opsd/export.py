@@ -1,7 +1,8 @@
 """`python -m opsd.export RUN_DIR OUT`: a finished run as a folder that plain transformers loads.
 
 The newest checkpoint's student with its adapter merged in, processor and generation config, in safetensors. `--full`
-puts a thinker that was trained out of a whole Omni checkpoint back beside its talker. The folder appears when it is
+puts a thinker that was trained out of a whole Omni checkpoint back beside its talker. The folder is a model like any
+other, the base of a next stage for instance. It appears when it is
 complete, or not at all.
 """
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from opsd import export as module
 from opsd.export import export, main, merged
+from opsd.run import open_run
 from opsd.train import train
 from tests.family_jobs import family_job
 from tests.jobs import text_job
@@ -39,16 +40,28 @@ def test_an_exported_run_opens_in_plain_transformers(adapter, tmp_path, capsys):
     assert "model.safetensors" in names and not {n for n in names if "adapter" in n or "trainer" in n}
 
 
-def test_an_adapter_is_added_in_fp32_and_rounded_once(tmp_path):
-    from peft import LoraConfig, get_peft_model
+def test_the_next_stage_starts_from_an_export(tmp_path):
+    """The frozen teacher of a distillation that follows a cold start with an adapter is the cold-started model."""
+    cold = text_job(tmp_path, "model.adapter=lora", "objective.kind=sft", "optim.lr=1e-2", "evaluate.teacher=false")
+    train(cold)
+    export(cold.train.run_dir, tmp_path / "merged")
+    words = [f"model.path={tmp_path / 'merged'}", "model.adapter=lora", "teacher.kind=frozen", "train.steps=1"]
+    run = train(text_job(tmp_path, *words, f"train.run_dir={tmp_path / 'next'}"))
+    with run.teacher.weights(), torch.no_grad():
+        wanted = plain(tmp_path / "merged", "LlamaForCausalLM")(IDS).logits
+        torch.testing.assert_close(run.model.module(input_ids=IDS).logits, wanted)
 
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False).bfloat16())
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
-    layer = adapted.base_model.model[0]
-    delta = layer.get_delta_weight("default").double()
-    wanted = (layer.base_layer.weight.double() + delta).bfloat16()
-    assert torch.equal(merged(adapted)[0].weight, wanted)
+
+def test_bf16_weights_are_rounded_once(tmp_path):
+    with open_run(text_job(tmp_path, "model.adapter=lora", "model.dtype=bfloat16")) as run, torch.no_grad():
+        layer = run.model.module.get_base_model().get_decoder().layers[0].self_attn.q_proj
+        torch.nn.init.normal_(layer.lora_B["default"].weight, generator=torch.Generator().manual_seed(0))
+        start = layer.get_base_layer().weight.clone()
+        delta = 2.0 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
+        weight = merged(run.model.module).get_decoder().layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.bfloat16 and not torch.equal(weight, start)
+    exact = start.double() + delta.double()
+    assert ((weight.double() - exact).abs() <= exact.abs() * 2.0**-8 * 1.001).all(), "half a unit in the last place"
 
 
 @pytest.mark.parametrize(("name", "adapter"), [("qwen2_5_omni", "none"), ("qwen3_omni_moe", "lora")])

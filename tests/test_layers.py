@@ -24,7 +24,7 @@ RANKS = [
     "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives optim log progress trackers",
     "checkpoint shelf resume group run saving metrics step held_out answers page report",
     "affect rationales",
-    "evaluate recipes rationalize export train merge ablation ablate",
+    "evaluate recipes rationalize export train ablation ablate",
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 

@@ -99,7 +99,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         node = loader.get_single_node()
         lines = dict(_key_lines(node, path))
         data = None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets the latter through
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML lets through what its parts raise for values that are not of their tag
         mark = getattr(error, "problem_mark", None)
         found = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError("valid YAML", str(found), file=path, line=mark and mark.line + 1) from error
@@ -140,7 +142,7 @@ def _override(text: str) -> tuple[str, str, Any]:
     textual = _takes(field, str) or _takes(field, Path)
     try:
         value = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:
         if not textual:
             raise InputError("a YAML value", repr(raw), file=COMMAND_LINE, field=name) from error
         value = raw

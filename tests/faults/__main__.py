@@ -17,11 +17,13 @@ def main() -> None:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path)
     args = made.parse_args()
-    result = {"kills": _kills(args.kills, args.seed) if args.kills else None}
+    result: dict[str, object] = {}
     if args.inputs:
         from tests.faults.malformed import refusals
 
         result["malformed"] = {kind: refusals(kind, args.inputs) for kind in ("config", "rows")}
+    if args.kills:
+        result["killed_and_resumed"] = _kills(args.kills, args.seed)
     print(json.dumps(result, indent=1))
     if args.out is not None:
         from opsd.environment import environment

@@ -1,7 +1,7 @@
 """fused_token_kl for torch.compile: one opaque node forward, one backward, whose shapes are known without running.
 
-Same sweep and same results as autograd.py. The head's gradient is scaled into a new tensor, not in place: a compiled
-step holds it once more for a moment.
+Same sweep and same results as autograd.py. Gradients are scaled into new tensors, not in place: a compiled step holds
+them once more for a moment.
 """
 
 import math

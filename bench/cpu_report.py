@@ -65,9 +65,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in the order of FULL_CASES, the new ones in place of old ones of the same case and provider."""
-    order, taken = [str(case) for case in FULL_CASES], {(row["case"], row["provider"]) for row in new}
-    kept = [row for row in old if row["case"] in order and (row["case"], row["provider"]) not in taken]
+    """Rows in the order of FULL_CASES; of a case that was measured anew only the new ones, which share its floor."""
+    order, taken = [str(case) for case in FULL_CASES], {row["case"] for row in new}
+    kept = [row for row in old if row["case"] in order and row["case"] not in taken]
     return sorted(kept + new, key=lambda row: order.index(row["case"]))
 
 

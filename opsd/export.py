@@ -2,8 +2,7 @@
 
 The newest checkpoint's student with its adapter merged in, processor and generation config, in safetensors. `--full`
 puts a thinker that was trained out of a whole Omni checkpoint back beside its talker. The folder is a model like any
-other, the base of a next stage for instance. It appears when it is
-complete, or not at all.
+other, the base of a next stage for instance; it appears when it is complete, or not at all.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def row_files(draw: st.DrawFn) -> bytes:
     """Three rows, the second of them with a field set to anything, or bytes put, cut or exchanged."""
     row: Any = json.loads(json.dumps(ROW))
     for _ in range(draw(st.integers(0, 2))):
-        known = st.sampled_from([*ROW, "answer", "subtitle", "teacher_images", "privileged_context"])
+        known = st.sampled_from([*ROW, "answer", "subtitle", "teacher_media", "privileged_context"])
         row[draw(known | st.text(max_size=5))] = draw(
             values | st.just([{"role": "user", "content": draw(values)}]) | _parts()
         )

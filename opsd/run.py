@@ -15,6 +15,7 @@ from opsd import checkpoint, trackers
 from opsd.config import Config, dump_config
 from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
+from opsd.heap import keep_freed_memory
 from opsd.loading import load_model
 from opsd.log import Clock, RunDir
 from opsd.model import LanguageModel
@@ -156,6 +157,8 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
         if not any(row.label for row in rows):
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
     model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     if world.size > 1 and config.train.parallel == "fsdp":
         model.divide()
     builder = PromptBuilder(model.processor, config.prompts, config.media)

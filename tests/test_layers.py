@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = [
     "integrations",  # torch and opsd_kernels only
     "errors durable manifest stop environment intervals few_rows byte_lru digests transfer logits say pace chat world "
-    "sharding",
+    "sharding heap",
     "sections config_problems config cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opsd.packing import Packed, Span
+from opsd.packing import Packed, Span, tokens_of
 from opsd.transfer import to_device
 
 # Rectangles whose shortest span is at least this share of the longest are worth one call instead of two.
@@ -92,7 +92,7 @@ class Ragged:
         self.first, self.total = spans[0][0], total
         ends = [start + length for start, length in spans]
         self.view = all(end == start for end, (start, _) in zip(ends[:-1], spans[1:], strict=True))
-        self.index = None if self.view else _tokens(spans, device)
+        self.index = None if self.view else to_device(tokens_of(spans), device)
         self.offsets = _offsets(self.lengths, device)
 
     def take(self, x: Tensor) -> Tensor:
@@ -206,12 +206,8 @@ class _Joined(Rectangle):
     def __init__(self, spans: Sequence[Span], device: torch.device):
         super().__init__([(0, sum(length for _, length in spans))], device)
         self.view, self.padded = False, False
-        self.index = self.destination = _tokens(spans, device)
+        self.index = self.destination = to_device(tokens_of(spans), device)
         self.source = torch.arange(self.width, device=device)
-
-
-def _tokens(spans: Sequence[Span], device: torch.device) -> Tensor:
-    return to_device(torch.cat([torch.arange(start, start + length) for start, length in spans]), device)
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -124,6 +124,7 @@ class StepKV:
 
     def __init__(self, slots: Slots, columns: int):
         self.slots, self.columns = slots, columns
+        self.place = slots.fed[:, None, None, None]  # the column that each slot's token takes
         lanes, longest = len(slots.grid), slots.lanes[0][0].shape[1]
         own, lane = Seen(slots.fed + 1, columns), Seen(slots.lane_lengths[:lanes], longest)
         self.seen: dict[int | None, tuple[Seen, Seen]] = {None: (own, lane)}  # by window
@@ -137,8 +138,7 @@ class StepKV:
         choice = slots.model.attention
         q = q.transpose(0, 1)
         for column, new in zip(slots.columns[layer], (k, v), strict=True):
-            place = slots.fed[:, None, None, None].expand(-1, 1, *column.shape[2:])
-            column.scatter_(1, place, new.transpose(0, 1)[:, None])
+            column.scatter_(1, self.place.expand(-1, 1, *column.shape[2:]), new.transpose(0, 1)[:, None])
         out, lse = attend_rows(q[:, None], *slots.columns[layer], own, scale, choice)
 
         lanes, width = slots.grid.shape

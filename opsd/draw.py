@@ -32,15 +32,15 @@ class Draw:
         self.tokens = torch.full(shape, model.pad_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(responses + 1, dtype=torch.long, device=device)
-        self.seeds = torch.zeros_like(self.lengths)
-        self.places = torch.zeros_like(self.lengths)  # g, of a response among those of its prompt
+        self.uniform = torch.zeros(shape, dtype=torch.float64, device=device)  # behind every token
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Begin again with one seed per prompt; responses lie prompt by prompt."""
         group, device = self.sampling.group_size, self.tokens.device
         count = len(seeds) * group
-        self.seeds[:count] = to_device(torch.tensor(seeds).repeat_interleave(group), device)
-        self.places[:count] = to_device(torch.arange(count) % group, device)
+        seed = to_device(torch.tensor(seeds).repeat_interleave(group), device)
+        step = torch.arange(self.sampling.max_new_tokens, device=device)
+        self.uniform[:count] = uniforms(seed[:, None], to_device(torch.arange(count) % group, device)[:, None], step)
         self.tokens.fill_(self.model.pad_id)
         self.logprobs.zero_()
         self.lengths.zero_()
@@ -49,8 +49,7 @@ class Draw:
     def next(self, hidden: Tensor, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B,) of responses `rows` at places `at`, recorded; and whether each response ends with its token."""
         logits = self._logits(hidden)
-        uniform = uniforms(self.seeds[rows], self.places[rows], at)
-        token, logprob = choose(logits, uniform, self.sampling, self.suppressed)
+        token, logprob = choose(logits, self.uniform[rows, at], self.sampling, self.suppressed)
         self.tokens[rows, at] = token
         self.logprobs[rows, at] = logprob
         self.lengths[rows] = at + 1

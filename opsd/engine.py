@@ -16,7 +16,7 @@ from torch import Tensor
 from opsd import plain
 from opsd.attention import PackedKV
 from opsd.model import LanguageModel
-from opsd.packing import Packed, Span, Tree
+from opsd.packing import Packed, Tree, tokens_of
 from opsd.prefix_entry import Stored
 from opsd.prompts import PER_TOKEN, Prompt
 from opsd.responses import Responses
@@ -75,7 +75,7 @@ def forward(
     else:  # every prompt is known and no response has a second token
         states = older[0].last_hidden.new_empty(0, older[0].last_hidden.shape[-1])
     every = torch.cat([states, *(one.last_hidden[None] for one in older)]) if older else states
-    hidden = every.index_select(0, to_device(_arange(packed.predicting), model.device))
+    hidden = every.index_select(0, to_device(tokens_of(packed.predicting), model.device))
     return hidden, _kept(model, packed, carried, prompts, states) if keep else []
 
 
@@ -95,7 +95,7 @@ def _ids(prompts: Sequence[Prompt], responses: Responses | None, packed: Packed,
             response += 1
     ids = [to_device(torch.cat(pool), device)] if pool else []
     ids += [responses.tokens.flatten()] if responses is not None else []
-    return torch.cat(ids).index_select(0, to_device(_arange(spans), device))[None]
+    return torch.cat(ids).index_select(0, to_device(tokens_of(spans), device))[None]
 
 
 def _positions(
@@ -110,7 +110,8 @@ def _positions(
             start = own.max().item() + 1
         else:
             start = stored.next_position
-        parts += [(start + torch.arange(fed)).expand(model.axes, -1) for fed in tree.children]
+        steps = start + tokens_of([(0, fed) for fed in tree.children])
+        parts.append(steps.expand(model.axes, -1))
     return to_device(torch.cat(parts, 1), model.device)
 
 
@@ -149,7 +150,3 @@ def _kept(
         last = states[start + length - 1].clone()
         kept.append(Stored(keys, values, model.positions(prompt).max().item() + 1, last))
     return kept
-
-
-def _arange(spans: Sequence[Span]) -> Tensor:
-    return torch.cat([torch.arange(start, start + length) for start, length in spans] or [torch.arange(0)])

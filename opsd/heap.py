@@ -1,7 +1,7 @@
 """Memory that tensors on a CPU have freed stays with the process.
 
-glibc returns a large block to the system when it is freed and gets it back page by page, each page cleared, for the next
-tensor of that size: an eighth of the time of a small model's step on a CPU.
+glibc returns a large block to the system when it is freed and gets it back page by page, each page cleared, for the
+next tensor of that size: time that every operation of a step on a CPU would pay again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 Span = tuple[int, int]  # first token, number of tokens
+
+
+def tokens_of(spans: Sequence[Span]) -> Tensor:
+    """Every token of the spans, one span after another: int64, on the host."""
+    first, lengths = torch.tensor(spans, dtype=torch.long).reshape(-1, 2).unbind(1)
+    before = lengths.cumsum(0) - lengths  # tokens of the spans before each
+    return torch.arange(sum(length for _, length in spans)) + (first - before).repeat_interleave(lengths)
 
 
 @dataclass(frozen=True)

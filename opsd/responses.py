@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from opsd.packing import tokens_of
 from opsd.transfer import indices, to_device
 
 
@@ -43,8 +44,8 @@ class Responses:
     def packed_index(self) -> Tensor:
         """(N,) positions of the real tokens in the flattened (R * max T) grid, response by response."""
         width = self.tokens.shape[1]
-        rows = [torch.arange(length) + i * width for i, length in enumerate(self.lengths)]
-        return to_device(torch.cat(rows), self.tokens.device)
+        rows = [(i * width, length) for i, length in enumerate(self.lengths)]
+        return to_device(tokens_of(rows), self.tokens.device)
 
     @cached_property
     def packed_tokens(self) -> Tensor:

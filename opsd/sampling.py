@@ -16,6 +16,7 @@ from torch import Tensor
 from opsd.config import RolloutConfig
 
 _BLOCK = 256  # a token is found in two steps, its block of the vocabulary and its place there
+_ONE_STEP = 1024  # or in one, in a vocabulary no larger than this
 _CANDIDATES = 1024  # likeliest tokens in which a CPU looks for the nucleus before it sorts the vocabulary
 _GOLDEN, _MIX_1, _MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -154,6 +155,9 @@ def _without(leaves: Tensor, ordered: Tensor, index: Tensor, size: int) -> Tenso
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """(B, 1) ids by inversion of the cumulative weights; an id of weight 0 is never drawn."""
+    if weights.shape[-1] <= _ONE_STEP:
+        upto = weights.double().cumsum(-1)
+        return torch.searchsorted(upto, uniform[:, None] * upto[:, -1:], right=True).clamp_(max=upto.shape[-1] - 1)
     mass = _per_block(weights, torch.sum).double()
     upto = mass.cumsum(-1)
     target = uniform[:, None] * upto[:, -1:]

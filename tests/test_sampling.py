@@ -92,7 +92,7 @@ def test_sampled_frequencies_pass_chi_square(options):
         assert below_one_in_a_thousand(chi_square(counts[kept], n * probability[kept]), int(kept.sum()) - 1)
 
 
-@pytest.mark.parametrize("size", [1, 6, 255, 256, 257, 3000])
+@pytest.mark.parametrize("size", [1, 6, 255, 1024, 1025, 1280, 3000])
 def test_the_draw_inverts_the_cumulative_probability(size):
     logits = torch.randn(500, size, generator=torch.Generator().manual_seed(size)) * 2
     u = numbers(500)
@@ -103,7 +103,7 @@ def test_the_draw_inverts_the_cumulative_probability(size):
     assert (before - 1e-6 <= u).all() and (u <= after + 1e-6).all()
 
 
-@pytest.mark.parametrize("size", [4, 256, 700])
+@pytest.mark.parametrize("size", [4, 256, 700, 1300])
 def test_extreme_uniforms_draw_the_first_and_the_last_possible_id(size):
     logits = torch.full((2, size), -torch.inf)
     logits[:, size // 3], logits[:, size - 2] = 0.0, 1.0
@@ -111,7 +111,7 @@ def test_extreme_uniforms_draw_the_first_and_the_last_possible_id(size):
     assert choose(logits, uniform, Sampling(1, 1), NONE)[0].tolist() == [size // 3, size - 2]
 
 
-@pytest.mark.parametrize("size", [3, 256, 1000])
+@pytest.mark.parametrize("size", [3, 256, 1000, 1500])
 def test_greedy_takes_the_first_of_the_largest(size):
     logits = torch.randint(0, 6, (200, size), generator=torch.Generator().manual_seed(0)).float()
     token, _ = choose(logits.clone(), numbers(200), Sampling.greedy(1), torch.tensor([0]))

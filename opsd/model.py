@@ -77,12 +77,12 @@ class LanguageModel:
         self._positions: WeakKeyDictionary[Prompt, Tensor] = WeakKeyDictionary()
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0]
 
-    def check_attention(self) -> None:
-        """Choose the kernel of packed rows now, so that one that cannot work is told before the first pass."""
+    def check_attention(self) -> str:
+        """The name of the kernel of packed rows, chosen now: one that cannot work is told before the first pass."""
         decoder = self._base.get_decoder().config
         width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
         dtype = torch.bfloat16 if self._mixed else self.head.weight.dtype
-        choose_kernel(torch.empty(1, 1, 0, width, dtype=dtype, device=self.device), self.attention)
+        return choose_kernel(torch.empty(1, 1, 0, width, dtype=dtype, device=self.device), self.attention).name
 
     @property
     def head(self) -> Head:
@@ -180,9 +180,10 @@ class LanguageModel:
 
     @property
     def compute(self) -> str:
-        """What a forward depends on beside weights and inputs: the dtype it computes in, and whose layers."""
+        """What a forward depends on beside weights and inputs: its dtype, whose layers, attention and torch."""
         dtype = "bfloat16" if self._mixed else str(next(self.module.parameters()).dtype)
-        return f"{dtype} liger" if self.fused else dtype
+        layers = " liger" if self.fused else ""
+        return f"{dtype}{layers}, {self.check_attention()} attention, torch {torch.__version__}"
 
     @property
     def _mixed(self) -> bool:

@@ -53,6 +53,12 @@ def assert_same(a: Path, b: Path, files: tuple[str, ...] = ("evaluations.jsonl",
 VARIANTS = {
     "full-ema": [],
     "full-frozen": ["teacher.kind=frozen"],
+    "full-frozen-disk": [
+        "teacher.kind=frozen",
+        "engine.teacher_cache=disk",
+        "engine.teacher_cache_dir={folder}/teacher",
+    ],
+    "lora-frozen": ["model.adapter=lora", "teacher.kind=frozen"],
     "lora-dense": ["model.adapter=lora", "model.lora_dropout=0.1"],
     "lora-factors": ["model.adapter=lora", "teacher.lora_average=factors"],
     "sft": ["objective.kind=sft", "objective.teacher_view_fraction=0.5"],
@@ -62,6 +68,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("words", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_run_stopped_after_a_checkpoint_goes_on_as_if_never_stopped(tmp_path, words):
+    words = [word.format(folder=tmp_path) for word in words]
     whole = text_job(tmp_path, *words, "checkpoint.keep=9")
     train(whole)
     # the state a kill between step 3's log line and its checkpoint leaves behind

@@ -27,8 +27,7 @@ from opsd.errors import InputError, writing
 from opsd.resume import same_config
 from opsd.run import check_rows, next_run_dir, with_run_dir
 
-# What the embedded job's reward alone does best with on its validation clips, of rates from 3e-5 to 1e-3 and one update
-# for each rollout or two. At the rate of the other arms it collapses.
+# What reward alone did best with on validation clips (bench/NOTES.md); at the rate of the other arms it collapses.
 _EMBEDDED = ("grpo:optim.lr=1e-4", "grpo:objective.updates_per_rollout=2")
 
 

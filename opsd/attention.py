@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from opsd import autocast
 from opsd.attention_choice import Choice, choose_kernel
 from opsd.attention_kernels import Kernel
 from opsd.attention_plan import Plan, plan
@@ -38,7 +39,7 @@ class PackedKV:
     packed: Packed
     stored: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values (Hkv, P, d) of all stored roots
     keep: bool = False  # leave this row's keys and values in `kept`
-    attention: Choice = "auto"
+    attention: Choice | Kernel = "auto"
 
     def __post_init__(self) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -79,8 +80,8 @@ def packed_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if torch.is_autocast_enabled(query.device.type):  # norms of q and k leave autocast in fp32; SDPA would cast them
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = autocast.dtype_on(query.device)
+    if dtype is not None:  # norms of q and k leave autocast in fp32; SDPA would cast them
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = packed.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)

@@ -20,8 +20,13 @@ Choice = Literal["auto", "flash_attn", "flash", "dense"]
 _HEAD_DIM = 256  # flash kernels on CUDA go up to here, in steps of 8
 
 
-def choose_kernel(query: Tensor, choice: Choice = "auto") -> Kernel:
-    """The kernel for a query (1, H, S, d). Raises InputError where `engine.attention` names one that cannot run it."""
+def choose_kernel(query: Tensor, choice: Choice | Kernel = "auto") -> Kernel:
+    """The kernel for a query (1, H, S, d); one that is given instead of a name is taken as it is.
+
+    Raises InputError where `engine.attention` names one that cannot run it.
+    """
+    if not isinstance(choice, str):
+        return choice
     capability = torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else (0, 0)
     return _choose(choice, query.device.type, query.dtype, query.shape[-1], capability)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opsd.attention_choice import Choice, choose_kernel
+from opsd.attention_kernels import Kernel
 
 _aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ def attend_rows(
     v: Tensor,
     seen: Seen,
     scale: float,
-    choice: Choice = "auto",  # engine.attention
+    choice: Choice | Kernel = "auto",  # engine.attention
 ) -> tuple[Tensor, Tensor]:  # (n, L, H, d), (n, L, H) fp32
     """No gradient."""
     if seen.mask is None and choose_kernel(q, choice).ragged:

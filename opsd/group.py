@@ -33,23 +33,37 @@ class Group:
     idle: bool = False  # counts for nothing: its pass keeps step with other processes
 
     @property
+    def tokens(self) -> int:
+        """As `passes` counts them: a prompt in its longer view, and the responses."""
+        return sum(self.roots) + sum(self.responses.lengths)
+
+    @property
+    def roots(self) -> list[int]:
+        """Tokens of every prompt, of its longer view."""
+        views = self.views if self.views is not None else self.prompts
+        return [max(prompt.length, view.length) for prompt, view in zip(self.prompts, views, strict=True)]
+
+    @property
     def rows(self) -> list[Example]:
         """The row of every response."""
         return [self.examples[owner] for owner in self.responses.owners]
 
 
-def micro_batches(config: Config, group: Group) -> list[Group]:
-    """The step in passes of at most `engine.token_budget` tokens, the responses of a prompt together.
+def micro_batches(config: Config, group: Group, budget: int | None = None) -> list[Group]:
+    """The step with its advantages, in passes of at most `budget` tokens (None: `engine.token_budget`)."""
+    tokens = budget if budget is not None else config.engine.token_budget
+    assert tokens != "auto", "a run has a number in its place"
+    return split(with_advantages(config, group), tokens)
+
+
+def split(group: Group, budget: int) -> list[Group]:
+    """Passes of at most `budget` tokens, the responses of a prompt together.
 
     Only a prompt whose responses do not fit with it is computed more than once, and only a single response that does
     not fit with its prompt makes a larger pass.
     """
-    group = with_advantages(config, group)
-    sizes = [prompt.length for prompt in group.prompts]
-    if group.views is not None:
-        sizes = [max(size, view.length) for size, view in zip(sizes, group.views, strict=True)]
-    budget, responses = config.engine.token_budget, group.responses
-    made = units(sizes, responses.owners, responses.lengths, budget)
+    responses = group.responses
+    made = units(group.roots, responses.owners, responses.lengths, budget)
     bins = first_fit_decreasing([unit.tokens for unit in made], budget)
     parts = Counter(unit.prompt for unit in made)
     return [_part(group, [made[i] for i in chosen], parts) for chosen in bins]

@@ -42,18 +42,8 @@ def load_model(
     from opsd.processing import load_processor, read_processor_files
 
     logging.disable_progress_bar()  # ours is on the terminal
-    lora = config.adapter == "lora"
-    source = config.path if checkpoint is None or lora else str(checkpoint)
-    module = _read_weights(source, config)
-    _check_head(module, source)
-    install(module)
-    freeze(module, config.freeze)
-    if lora:
-        module = add_lora(module, config, seed, checkpoint)
-    if config.activation_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not any(p.requires_grad for p in module.parameters()):
-        raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")
+    source = config.path if checkpoint is None or config.adapter == "lora" else str(checkpoint)
+    module = prepared(_read_weights(source, config), config, source, seed, checkpoint)
     with explained("a tokenizer, and a processor where the model has media", field="model.path"):
         processor = load_processor(source, trust_remote_code=config.trust_remote_code)
         files = read_processor_files(source)
@@ -64,6 +54,20 @@ def load_model(
     _check_logits(model)
     model.fused = use_liger(model._base.get_decoder(), config.liger, model.device.type)
     return model
+
+
+def prepared(module: Any, config: ModelConfig, source: str, seed: int = 0, checkpoint: Path | None = None) -> Any:
+    """The model checked, what the config freezes frozen, with its adapter and checkpointing."""
+    _check_head(module, source)
+    install(module)
+    freeze(module, config.freeze)
+    if config.adapter == "lora":
+        module = add_lora(module, config, seed, checkpoint)
+    if config.activation_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")
+    return module
 
 
 def is_whole(config: ModelConfig) -> bool:
@@ -88,8 +92,8 @@ def _architecture(hf_config: Any) -> str:
     return (hf_config.architectures or ["(none)"])[0]
 
 
-def _read_weights(path: str, config: ModelConfig) -> Any:
-    """The model in the class its config names, every weight read; a full Omni checkpoint is opened as its thinker."""
+def model_class(path: str, config: ModelConfig) -> Any:
+    """The class that the model's config names; of a full Omni checkpoint, its thinker's."""
     import transformers
 
     hf_config = _read_config(path, config)
@@ -100,18 +104,29 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
     if not is_model or hf_config.is_encoder_decoder:
         found = f"{architecture} in {path}"
         raise InputError("a decoder architecture known to transformers", found, field="model.path")
+    return cls
+
+
+def weight_dtype(config: ModelConfig) -> torch.dtype:
+    """Trained weights are fp32: at lr 1e-6 a bf16 weight would not move."""
+    return torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32
+
+
+def _read_weights(path: str, config: ModelConfig) -> Any:
+    """The model with every weight read."""
+    cls = model_class(path, config)
     with explained("weights that load, and model.attention that they support", field="model.path"):
         module, report = _quietly(
             cls.from_pretrained,
             path,
-            dtype=torch.bfloat16 if config.dtype == "bfloat16" and config.adapter == "lora" else torch.float32,
+            dtype=weight_dtype(config),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise InputError(f"all weights of {architecture}", f"{path} without {names}", field="model.path")
+        raise InputError(f"all weights of {cls.__name__}", f"{path} without {names}", field="model.path")
     return module
 
 

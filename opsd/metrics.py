@@ -107,6 +107,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record |= {
         "seconds": sum(seconds.values()) / steps,
         "peak_memory_mib": run.world.largest(peak_memory_mib(run.model.device)),
+        "memory_retries": run.world.sum({"retries": run.budget.retries})["retries"],
     }
     run.logged = step
     run.directory.append("metrics", record)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from opsd.attention import Carried
 from opsd.attention_choice import Choice, choose_kernel
+from opsd.attention_kernels import Kernel
+from opsd.autocast import autocast
 from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError
 from opsd.families import check_prompt
@@ -64,7 +66,7 @@ class LanguageModel:
         self.processor = processor
         self.processor_files = processor_files
         self.config = config
-        self.attention: Choice = engine.attention
+        self.attention: Choice | Kernel = engine.attention
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.device = next(module.parameters()).device
         self.fused = False  # layers are Liger's
@@ -81,7 +83,7 @@ class LanguageModel:
         """The name of the kernel of packed rows, chosen now: one that cannot work is told before the first pass."""
         decoder = self._base.get_decoder().config
         width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        dtype = torch.bfloat16 if self._mixed else self.head.weight.dtype
+        dtype = torch.bfloat16 if self.mixed else self.head.weight.dtype
         return choose_kernel(torch.empty(1, 1, 0, width, dtype=dtype, device=self.device), self.attention).name
 
     @property
@@ -118,7 +120,7 @@ class LanguageModel:
         positions = seen[-1]
         if positions is not None:
             positions = positions[None] if positions.ndim == 2 else positions[-3:]
-        states = hidden[-1].to(torch.bfloat16) if self._mixed else hidden[-1]  # norms leave autocast in fp32
+        states = hidden[-1].to(torch.bfloat16) if self.mixed else hidden[-1]  # norms leave autocast in fp32
         return Forward(states, getattr(output, "past_key_values", None), positions)
 
     def forward_packed(self, ids: Tensor, positions: Tensor, media: dict[str, Tensor], packed: Carried) -> Tensor:
@@ -138,7 +140,7 @@ class LanguageModel:
                 hidden = decoder(
                     input_ids=ids, position_ids=at, attention_mask=no_mask, use_cache=False, packed=packed
                 ).last_hidden_state
-        return (hidden.to(torch.bfloat16) if self._mixed else hidden)[0]
+        return (hidden.to(torch.bfloat16) if self.mixed else hidden)[0]
 
     def positions(self, prompt: Prompt) -> Tensor:
         """(axes, P) on the host, computed once per prompt."""
@@ -160,7 +162,7 @@ class LanguageModel:
 
     def divide(self) -> None:
         """Keep this process's slices of the weights only (FSDP2). Before anything holds on to a parameter."""
-        self.shards = Shards(self._base, self.device, self._mixed)
+        self.shards = Shards(self._base, self.device, self.mixed)
 
     def weights(self) -> dict[str, Tensor] | None:
         """Every weight of a divided model, whole and in host memory; None where the module has them as they are."""
@@ -181,17 +183,17 @@ class LanguageModel:
     @property
     def compute(self) -> str:
         """What a forward depends on beside weights and inputs: its dtype, whose layers, attention and torch."""
-        dtype = "bfloat16" if self._mixed else str(next(self.module.parameters()).dtype)
+        dtype = "bfloat16" if self.mixed else str(next(self.module.parameters()).dtype)
         layers = " liger" if self.fused else ""
         return f"{dtype}{layers}, {self.check_attention()} attention, torch {torch.__version__}"
 
     @property
-    def _mixed(self) -> bool:
+    def mixed(self) -> bool:
         # Full fine-tuning in bf16 keeps fp32 weights: at lr 1e-6 a bf16 weight would not move.
         return self.config.dtype == "bfloat16" and not self.has_adapter
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self._mixed else nullcontext()
+        return autocast(self.device, torch.bfloat16) if self.mixed else nullcontext()
 
 
 def _end_ids(module: Any, tokenizer: Any) -> list[int]:

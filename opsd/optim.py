@@ -44,9 +44,13 @@ class Optimizer:
         bad = 1.0 - torch.isfinite(norm + self.world.total(loss)).float()
         setattr(self.adamw, "found_inf", bad)  # noqa: B010 - as torch.amp.GradScaler tells a fused optimizer
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.clear()
         self.skipped.add(bad)
         return {"grad_norm": norm, "lr": rate}
+
+    def clear(self) -> None:
+        """Throw the gradients away."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from opsd import checkpoint, trackers
 from opsd.config import Config, dump_config
 from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
+from opsd.fit import Budget
 from opsd.heap import keep_freed_memory
 from opsd.loading import load_model
 from opsd.log import Clock, RunDir
@@ -22,6 +24,7 @@ from opsd.model import LanguageModel
 from opsd.objectives.distill import distill_loss
 from opsd.optim import Optimizer
 from opsd.parts import what_trains
+from opsd.plan.start import fitting_budget
 from opsd.prefix_store import open_store
 from opsd.progress import Progress, make_progress
 from opsd.prompt_cache import VIEWS, PromptCache, verify
@@ -59,6 +62,7 @@ class Run:
     progress: Progress
     world: World
     stop: Stop
+    budget: Budget
     replaced: int = 0  # rows of this process and step that others stand for
 
     def rows(self, step: int) -> list[Example]:
@@ -198,6 +202,7 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
         progress=make_progress(config.log.progress if world.main else "none", config.train.steps),
         world=world,
         stop=Stop(),
+        budget=_budget(config, directory, model, train, prompts, world),
     )
 
 
@@ -229,6 +234,20 @@ def _teacher_cache(config: Config, model: LanguageModel) -> TeacherCache | None:
         return None
     store = open_store(config.engine, model.device)
     return TeacherCache(store) if store is not None else None
+
+
+def _budget(
+    config: Config, directory: RunDir, model: LanguageModel, train: list[Example], prompts: PromptCache, world: World
+) -> Budget:
+    """Tokens of a pass: the config's, or as many as fit; fewer where the run has learnt so."""
+    tokens, file = config.engine.token_budget, directory.path / "passes.json"
+    if tokens == "auto" and not file.exists():
+        rows = prompts.whole(train) if config.data.on_error == "skip" else train
+        tokens = int(world.told(str(fitting_budget(config, model, rows, prompts, world.size))))
+    budget = Budget.of(sys.maxsize if tokens == "auto" else tokens, file)
+    if config.engine.token_budget == "auto" and world.main:
+        budget.keep()
+    return budget
 
 
 def _try_loss(model: LanguageModel, config: Config) -> None:

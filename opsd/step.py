@@ -6,6 +6,7 @@ response, then over responses, whatever their size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from opsd.config import Config
 from opsd.data import Example
 from opsd.engine import response_hidden
-from opsd.group import Group, micro_batches
+from opsd.fit import within_memory
+from opsd.group import Group, micro_batches, split
 from opsd.leaks import answer_leaks
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
@@ -49,7 +51,7 @@ def sample(run: Run, examples: list[Example], step: int, greedy: bool = False) -
 def passes(run: Run, group: Group) -> list[Group]:
     """The micro-batches of the step. The layers of a divided model are gathered by all processes together, so one that
     has fewer repeats its last, which then counts for nothing."""
-    parts = micro_batches(run.config, group)
+    parts = micro_batches(run.config, group, run.budget.tokens)
     if run.model.shards is None:
         return parts
     return parts + [replace(parts[-1], idle=True)] * (int(run.world.largest(len(parts))) - len(parts))
@@ -61,6 +63,24 @@ def teach(run: Run, group: Group) -> tuple[Tensor, Head | None] | None:
         return None
     share, again = run.config.engine.share_prefix, group.again or None
     return score(run.teacher, run.model, group.views, group.responses, share, run.teacher_cache, again)
+
+
+def fitted(run: Run, group: Group, gradients: Callable[[Run, Group], Sums]) -> Sums:
+    """The gradients of an update, in smaller passes where memory runs out.
+
+    Not of a divided model: the others would wait in the middle of a pass for one that begins again.
+    """
+    if run.model.shards is not None:
+        return gradients(run, group)
+
+    def largest() -> int:
+        return max(part.tokens for part in split(group, run.budget.tokens))
+
+    def again() -> None:
+        run.optimizer.clear()
+        run.progress.say(f"out of memory: passes take at most {run.budget.tokens} tokens from here on")
+
+    return within_memory(lambda: gradients(run, group), run.budget, largest, again, run.model.device)
 
 
 def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sums: Sums, train: bool = True) -> Tensor:

@@ -18,12 +18,13 @@ import torch
 from opsd.cli import guard, parser, split_words
 from opsd.config import Config, load_config
 from opsd.evaluate import measure
+from opsd.group import Group
 from opsd.metrics import Sums, log_step
 from opsd.report import write_report
 from opsd.resume import is_run, newest_run, saved_config
 from opsd.run import Run, next_run_dir, open_run, run_dirs, with_run_dir
 from opsd.saving import is_best, save, stop_if_asked
-from opsd.step import learn, passes, sample, teach
+from opsd.step import fitted, learn, passes, sample, teach
 from opsd.stop import Stop, Stopped, on_signals
 from opsd.world import World, joined
 
@@ -45,13 +46,7 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
                 group = sample(run, run.rows(step), step)
             stop_if_asked(run, step)
             for _ in range(config.objective.updates_per_rollout):
-                sums = Sums()  # the last update's are logged
-                for part in passes(run, group):
-                    with run.clock.phase("teacher"):
-                        target = teach(run, part)
-                    with run.clock.phase("student"):
-                        loss = learn(run, part, target, sums)
-                        loss.backward()
+                sums = fitted(run, group, gradients)  # the last update's are logged
                 with run.clock.phase("student"):
                     sums.add(**run.optimizer.step(step, sums.loss))
                     run.teacher.update()
@@ -64,6 +59,18 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
     return run
 
 
+def gradients(run: Run, group: Group) -> Sums:
+    """Those of one update, pass by pass."""
+    sums = Sums()
+    for part in passes(run, group):
+        with run.clock.phase("teacher"):
+            target = teach(run, part)
+        with run.clock.phase("student"):
+            loss = learn(run, part, target, sums)
+            loss.backward()
+    return sums
+
+
 def due(step: int, every: int, steps: int) -> bool:
     """At multiples of `every`, and always after the last step."""
     return step == steps or (every > 0 and step % every == 0)
@@ -74,6 +81,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             with world.in_turn():
                 config = _config(args, stop)
+            if args.dry_run:
+                _dry_run(config, args)
+                return
             run_dir, resume = _place(args, config, world)
             finished = train(with_run_dir(config, run_dir), resume, world, stop)
         except Stopped as stopped:
@@ -82,6 +92,13 @@ def run(args: argparse.Namespace) -> None:
             return
         if world.main:
             write_report(finished.directory)
+
+
+def _dry_run(config: Config, args: argparse.Namespace) -> None:
+    from opsd.plan.command import dry_run  # a run has no use for it
+
+    for part in dry_run(config, args.memory, args.prompt_tokens):
+        print(part)
 
 
 def _config(args: argparse.Namespace, stop: Stop) -> Config:
@@ -119,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar=f"RUN_DIR|{AUTO}",
         help="go on with the run in this folder; auto: with the newest run of this config, or begin one",
     )
+    made.add_argument("--dry-run", action="store_true", help="show the first prompts and the memory of a step")
+    made.add_argument("--memory", metavar="24GiB", help="of the GPU of the dry run; default: this machine's")
+    made.add_argument("--prompt-tokens", type=int, metavar="N", help="dry run: length of the prompts")
     return guard(run, made, argv)
 
 

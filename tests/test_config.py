@@ -215,7 +215,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "engine:\n  token_budget: 0\n",
-            "run.yaml:4: field 'engine.token_budget': expected a value >= 1; found 0",
+            "run.yaml:4: field 'engine.token_budget': expected a value >= 1 or one of auto; found 0",
         ),
         (
             "prompts:\n  teacher_template: Look!\n",

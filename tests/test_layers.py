@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
     "integrations",  # torch and opsd_kernels only
-    "errors durable manifest stop environment intervals few_rows byte_lru digests transfer logits say pace chat world "
-    "sharding heap",
+    "errors durable manifest stop environment intervals few_rows byte_lru digests transfer autocast logits say pace "
+    "chat world sharding heap",
+    "fit",
     "sections config_problems config cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
     "liger",
     "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
     "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives optim log progress trackers",
-    "checkpoint shelf resume group run saving metrics step held_out answers page report",
+    "checkpoint shelf resume group plan run saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize export train ablation ablate",
 ]

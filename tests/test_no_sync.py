@@ -47,11 +47,6 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def no_autocast(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # meta has none, and torch raises for it
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """The text job's model, without values, and its prompts, which are on the host."""

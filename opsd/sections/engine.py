@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,10 +14,10 @@ class EngineConfig(Section):
     share_prefix: bool = Field(
         default=True, description="Compute a prompt once for its G responses; false is the plain twin."
     )
-    token_budget: int = Field(
+    token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=8192,
-        ge=1,
-        description="Micro-batch: most tokens of a forward pass; a single response with its prompt may be more.",
+        description="Micro-batch: most tokens of a forward pass; a single response with its prompt may be more. "
+        "auto: as many as fit.",
     )
     teacher_cache: Literal["none", "memory", "disk"] = Field(
         default="memory", description="Where the teacher's prefixes are kept; disk is memory and disk, for later runs."

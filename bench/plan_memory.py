@@ -1,0 +1,134 @@
+"""What `--dry-run` says against what two steps of training take, each case in a process of its own.
+
+    PYTHONPATH=.:kernels python -m bench.plan_memory [bench/results/plan-cpu.json]
+
+On a CPU the resident bytes of the process at their highest, above those it has before the model is read (after two
+steps of a tiny one, so that libraries are loaded), every large tensor in pages of its own: what opsd.heap keeps, and
+the holes it leaves, come on top. On CUDA torch.cuda.max_memory_allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.engine_cases import TINY, Shape, Size
+from bench.engine_step import Job, opened
+from bench.results import Row, environment
+from opsd.plan.outline import outline
+from opsd.plan.plan import make_plan
+from opsd.plan.workload import Longest, Workload
+from opsd.run import Run
+from opsd.step import sample
+from opsd.train import gradients
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    size: Size
+    shape: Shape
+    words: tuple[str, ...]
+
+
+NARROW, WIDE = Size(6, 256, 4, 2, 1024, 4096), Size(4, 768, 12, 4, 2048, 16384)
+CASES = (
+    Case("adapter, long passes", NARROW, Shape(1400, 100, 150, 8), ("model.adapter=lora", "engine.token_budget=4096")),
+    Case(
+        "adapter, checkpointing, large workspace",
+        Size(12, 256, 4, 2, 1024, 65536),
+        Shape(1400, 100, 80, 8),
+        ("model.adapter=lora", "model.activation_checkpointing=true", "engine.token_budget=4096"),
+    ),
+    Case("all weights, EMA teacher", WIDE, Shape(120, 20, 30, 4), ("teacher.kind=ema", "engine.token_budget=200")),
+)
+
+
+def measured(case: Case) -> Row:
+    """In this process, which has to be new: bytes of two steps, and of their plan."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as folder:
+        _train(Job(Path(small), TINY, TINY.layers, Shape(20, 5, 4, 2)), case.words)
+        job = Job(Path(folder), case.size, case.size.layers, case.shape)
+        job.write()
+        start = _begin()
+        config = _train(job, case.words).config
+        peak = _peak() - start
+        longest = Longest(case.shape.prompt, case.shape.prompt + case.shape.rationale, rows=1)
+        cuda = torch.cuda.is_available()
+        model = outline(config.model, config.engine, None, cuda)
+        plan = make_plan(config, model, Workload.of(config, longest), cuda, memory=1 << 40)
+    return {"case": case.name, "measured_mib": peak / MIB, "planned_mib": plan.peak / MIB, "ratio": plan.peak / peak}
+
+
+def _train(job: Job, words: tuple[str, ...]) -> Run:
+    if not (job.folder / "model").exists():
+        job.write()
+    with opened(job, *words) as run:
+        _large_blocks_apart()
+        for step in range(2):
+            group = sample(run, run.rows(step), step)
+            gradients(run, group)
+            run.optimizer.step(step)
+            run.teacher.update()
+    return run
+
+
+def _large_blocks_apart() -> None:
+    """Undo opsd.heap: glibc maps blocks from 1 MiB on by themselves."""
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+def _begin() -> int:
+    """Bytes held now; what is measured next is their peak from here."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set begins again
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def run_case(number: int) -> Row:
+    """A case of CASES in a new process."""
+    command = [sys.executable, "-m", "bench.plan_memory", "--case", str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--case"]:
+        print(json.dumps(measured(CASES[int(argv[1])])))
+        return
+    found = []
+    for number in range(len(CASES)):
+        found.append(run_case(number))
+        print(found[-1], flush=True)
+    if argv:
+        Path(argv[0]).write_text(json.dumps({**environment(), "rows": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,108 @@
+"""Passes that fit: how many tokens one takes, and what happens where that was too many.
+
+A step that runs out of memory is done once more in passes of half the tokens: its gradients so far are thrown away and
+its random state is put back, so what it gives is what the smaller passes would have given from the start. The smaller
+budget stays, in RUN/passes.json for a resumed run too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from opsd.errors import InputError, writing
+
+T = TypeVar("T")
+_REFUSALS = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU
+
+
+@dataclass
+class Budget:
+    """The tokens of a pass, and how often that had to become fewer."""
+
+    tokens: int
+    file: Path  # where a smaller number than the config's is kept
+    retries: int = 0
+
+    @staticmethod
+    def of(tokens: int, file: Path) -> Budget:
+        """The smaller number of a file that is there already."""
+        if file.exists():
+            try:
+                tokens = min(tokens, int(json.loads(file.read_text(encoding="utf-8"))["token_budget"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError('{"token_budget": N}', str(error), file=file) from error
+        return Budget(tokens, file)
+
+    def halve(self, largest: int) -> None:
+        """Half of the largest pass there was, for this and all later steps."""
+        self.tokens, self.retries = max(1, min(self.tokens, largest) // 2), self.retries + 1
+        self.keep()
+
+    def keep(self) -> None:
+        with writing(self.file):
+            self.file.write_text(json.dumps({"token_budget": self.tokens}) + "\n", encoding="utf-8")
+
+
+def within_memory(
+    attempt: Callable[[], T],
+    budget: Budget,
+    largest: Callable[[], int],
+    start_again: Callable[[], None],
+    device: torch.device,
+) -> T:
+    """attempt(); where it runs out of memory, once more with half the budget.
+
+    largest: tokens of the largest pass under the budget. start_again: undo what the attempt has left behind.
+    Raises InputError where the second attempt fails the same way, or where passes cannot be smaller.
+    """
+    state = random_state(device)
+    try:
+        return attempt()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # outside of the handler: the error's traceback would keep the tensors of the attempt alive
+    before = largest()
+    budget.halve(before)
+    if largest() >= before:
+        raise _too_little(f"out of memory in a pass of {before} tokens, which cannot be divided")
+    start_again()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    set_random_state(device, state)
+    try:
+        return attempt()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise _too_little(f"out of memory in passes of {before} tokens, and of {budget.tokens}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had no more."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(refusal in str(error) for refusal in _REFUSALS)
+
+
+def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of torch's generators for the host and the device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _too_little(found: str) -> InputError:
+    return InputError("memory for a step", found, field="engine.token_budget", hint="--dry-run shows what takes it")

@@ -1,0 +1,96 @@
+"""Bytes of meta tensors that are alive, by what they are for, and the most there ever were at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd.plan.names import ACTIVATIONS
+from opsd.plan.shapes import Shapes
+
+
+class Ledger(TorchDispatchMode):
+    """Inside, every storage that an operator makes on meta is entered under the current name, until it is freed.
+
+    The operators are those of the real pass, forward and backward, so what autograd keeps, what checkpointing gives up
+    and which temporaries meet are not modelled but seen. What a kernel allocates within itself is not.
+    block: an allocator's unit in bytes, to which sizes are rounded up.
+    """
+
+    def __init__(self, block: int = 1) -> None:
+        super().__init__()
+        self.block = block
+        self.live: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self._name = ACTIVATIONS
+        self._total = self._peak = 0
+        self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._shapes = Shapes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._shapes(func, args, kwargs or {})
+        if isinstance(out, Tensor):
+            self._enter(out)
+        elif isinstance(out, list | tuple):
+            for one in out:
+                if isinstance(one, Tensor):
+                    self._enter(one)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be wrapped once more for a compiler that does not run here."""
+        return False
+
+    def name(self, tensors: Iterable[Tensor | None], name: str) -> None:
+        """Enter tensors, those made before the ledger was opened too, under a name of their own."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._forget(id(tensor.untyped_storage()))
+                self._enter(tensor, name)
+
+    @contextmanager
+    def under(self, name: str) -> Iterator[None]:
+        """Inside, what is made is entered under a name."""
+        before, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = before
+
+    @contextmanager
+    def phase(self) -> Iterator[Counter[str]]:
+        """What is alive by name when there is most of it inside; complete when the context ends."""
+        seen: Counter[str] = Counter()
+        self._peak, self.at_peak = self._total, self.live.copy()
+        with self:
+            yield seen
+        seen.update(+self.at_peak)
+
+    def _enter(self, tensor: Tensor, name: str | None = None) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key, name = id(storage), name or self._name
+        if key in self._known or not storage.nbytes():
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), name, size
+        self._change(name, size)
+
+    def _forget(self, key: int) -> None:
+        found = self._known.pop(key, None)
+        if found is not None:
+            self._change(found[1], -found[2])
+
+    def _change(self, name: str, size: int) -> None:
+        self.live[name] += size
+        self._total += size
+        if self._total > self._peak:
+            self._peak, self.at_peak = self._total, self.live.copy()

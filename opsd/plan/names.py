@@ -1,0 +1,21 @@
+"""The lines of a plan, and the keys of the config that move each."""
+
+from __future__ import annotations
+
+WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, AVERAGE = "weights", "adapter", "gradients", "optimizer", "teacher's weights"
+ACTIVATIONS, HEAD, SLOTS = "activations", "head workspace", "KV of rollout slots"
+PREFIXES, FEATURES, PROMPTS = "teacher's prefixes", "features of media", "prompts and media"
+
+KNOBS = {
+    WEIGHTS: "model.dtype with model.adapter=lora",
+    ADAPTERS: "model.lora_r, model.lora_targets",
+    GRADIENTS: "model.adapter=lora, model.freeze",
+    MOMENTS: "model.adapter=lora, model.freeze",
+    AVERAGE: "teacher.kind=frozen, teacher.lora_average=freeze_a",
+    ACTIVATIONS: "engine.token_budget, model.activation_checkpointing",
+    HEAD: "objective.workspace_mib",
+    SLOTS: "rollout.slots, rollout.max_new_tokens",
+    PREFIXES: "engine.teacher_cache, engine.teacher_cache_*_mib",
+    FEATURES: "engine.feature_cache_mib",
+    PROMPTS: "prompts.cache_mib",
+}

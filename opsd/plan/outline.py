@@ -1,0 +1,51 @@
+"""The model of a config without its weights: every layer on meta, so shapes alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from opsd.autocast import OnMeta
+from opsd.config import EngineConfig, ModelConfig
+from opsd.errors import explained
+from opsd.loading import model_class, prepared, weight_dtype
+from opsd.model import LanguageModel
+from opsd.plan.stand_ins import AttentionShapes
+
+
+class NoTokenizer:
+    """Stands where a folder has none: token ids are numbers here."""
+
+    pad_token_id = eos_token_id = 0
+
+    def __init__(self, size: int):
+        self.size = size
+        self.added_tokens_decoder: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def outline(config: ModelConfig, engine: EngineConfig, processor: Any, cuda: bool) -> LanguageModel:
+    """The LanguageModel of a folder or hub id of which only config.json is read. processor: None where there is none.
+
+    cuda: attend as on CUDA. Raises InputError as `opsd.loading.load_model` does.
+    """
+    cls = model_class(config.path, config)
+    with explained("a config that transformers builds a model from", field="model.path"), torch.device("meta"):
+        found = cls.config_class.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        options = {"dtype": weight_dtype(config), "attn_implementation": config.attention}
+        module = prepared(cls._from_config(found, **options), config, config.path)
+    processor = processor if processor is not None else NoTokenizer(module.get_output_embeddings().weight.shape[0])
+    model = LanguageModel(module.eval(), processor, {}, config, engine)
+    half = model.head.weight.dtype == torch.bfloat16 or model.mixed
+    model.attention = AttentionShapes(ragged=cuda and half)
+    if config.activation_checkpointing and model.mixed:  # torch opens autocast again for the second forward
+        module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
+    return model
+
+
+def _recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), OnMeta(torch.bfloat16)

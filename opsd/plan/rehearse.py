@@ -1,0 +1,155 @@
+"""One step on meta tensors, phase by phase: the code of the step, no values, every byte written down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.config import Config
+from opsd.decode import Room, Slots
+from opsd.engine import prefill, response_hidden
+from opsd.group import Group, split
+from opsd.model import LanguageModel
+from opsd.objectives.logprobs import token_logprobs
+from opsd.plan.ledger import Ledger
+from opsd.plan.names import ADAPTERS, AVERAGE, GRADIENTS, MOMENTS, PREFIXES, SLOTS, WEIGHTS
+from opsd.plan.stand_ins import LossShapes, StepShapes, workspace_bytes
+from opsd.plan.workload import Workload
+from opsd.prefix_store import MemoryTier, PrefixStore
+from opsd.prompts import Prompt
+from opsd.sampling import Sampling
+from opsd.teacher import ShadowTeacher, Teacher, build_teacher, score
+from opsd.teacher_cache import TeacherCache
+
+Phases = dict[str, Counter[str]]
+
+
+class Rehearsal:
+    """A model on meta, its moments and teacher, and the ledger of all of it.
+
+    cuda: allocate as on CUDA, in blocks of 512 bytes.
+    """
+
+    def __init__(self, config: Config, model: LanguageModel, work: Workload, cuda: bool):
+        self.config, self.model, self.work, self.cuda = config, model, work, cuda
+        self.ledger = Ledger(512 if cuda else 64)
+        every = dict(model.module.named_parameters())
+        adapter = [p for name, p in every.items() if ".lora_" in name]
+        self.ledger.name([*every.values(), *model.module.buffers()], WEIGHTS)
+        self.ledger.name(adapter, ADAPTERS)
+        self.teacher: Teacher | None = build_teacher(config.teacher, model) if work.views is not None else None
+        if self.teacher is not None:
+            self.ledger.name(self.teacher.state().values(), AVERAGE)
+        self.moments = [torch.empty_like(p) for p in model.trainable().values() for _ in range(2)]  # AdamW's
+        self.ledger.name(self.moments, MOMENTS)
+        for p in model.trainable().values():
+            p.register_post_accumulate_grad_hook(lambda p: self.ledger.name([p.grad], GRADIENTS))
+        self.cache = TeacherCache(PrefixStore(model.device, [self._tier()])) if self._keeps_prefixes() else None
+
+    def fixed(self) -> Phases:
+        """The phases that no token budget changes."""
+        update = self._update()
+        if self.config.objective.kind == "sft":
+            return {"update": update}
+        phases = {"rollout": self._rollout(self.work.prompts, Sampling.of(self.config.rollout))}
+        if self.work.held_out:
+            evaluated = (self.work.views or self.work.prompts)[:1] * self.config.evaluate.batch_size
+            phases["evaluation"] = self._rollout(evaluated, Sampling.greedy(self.work.length))
+        return {**phases, "update": update}
+
+    def passes(self, budget: int) -> Phases:
+        """Teacher and student over the largest pass of at most `budget` tokens."""
+        parts = split(self.work.group(), budget)
+        part = max(parts, key=lambda part: part.tokens)
+        if self.work.views is None:
+            return {"student": self._student(part, None, len(parts) > 1)}
+        with self.ledger.phase() as teacher:
+            target = self._scores(part)
+        return {"teacher": teacher, "student": self._student(part, target, len(parts) > 1)}
+
+    def _update(self) -> Counter[str]:
+        """AdamW is one kernel, which makes nothing; a moving teacher may."""
+        self._give_gradients()
+        with self.ledger.phase() as seen:
+            if self.teacher is not None:
+                self.teacher.update()
+        self._drop_gradients()
+        return seen
+
+    def _give_gradients(self) -> None:
+        trained = self.model.trainable().values()
+        for p in trained:
+            p.grad = torch.empty_like(p)
+        self.ledger.name((p.grad for p in trained), GRADIENTS)
+
+    def _drop_gradients(self) -> None:
+        for p in self.model.trainable().values():
+            p.grad = None
+
+    @torch.no_grad()
+    def _rollout(self, prompts: tuple[Prompt, ...], sampling: Sampling) -> Counter[str]:
+        """As opsd.rollout does it: some prompts at once, room for them, a step at full length, the next prompts."""
+        total = len(prompts) * sampling.group_size
+        slots = min(self.config.rollout.slots, total)
+        at_once = -(-slots // sampling.group_size)
+        room = Room(slots, min(len(prompts), 2 * at_once), max(prompt.length for prompt in prompts), total)
+        with self.ledger.phase() as seen, self.model.mode(train=False):
+            stored = prefill(self.model, prompts[:at_once])
+            with self.ledger.under(SLOTS):
+                board = Slots(self.model, room.rounded() if self.cuda else room, sampling, stored[0])
+            for lane, one in enumerate(stored):
+                board.let_in(lane, one)
+            del stored
+            with self.ledger.under(SLOTS):
+                board.reserve(sampling.max_new_tokens)
+            positions = (board.start + board.fed).expand(self.model.axes, -1)
+            hidden = self.model.forward_packed(board.token[None], positions, {}, StepShapes())
+            board.draw.next(hidden, board.row, board.fed)
+            if total > slots:
+                prefill(self.model, prompts[:at_once])
+        return seen
+
+    def _scores(self, part: Group) -> tuple[Tensor, Any]:
+        assert self.teacher is not None and part.views is not None
+        arguments = self.teacher, self.model, part.views, part.responses, True, self.cache, part.again or None
+        if self.cache is not None and self.teacher.updates is None:  # every prompt is computed once, then found
+            score(*arguments)
+        if self.cache is not None:
+            for tier in self.cache.store.memory:
+                self.ledger.name((x for _, one in tier.kept.items() for x in one.tensors()), PREFIXES)
+        return score(*arguments)
+
+    def _student(self, part: Group, target: Any, several: bool) -> Counter[str]:
+        if several:
+            self._give_gradients()
+        with self.ledger.phase() as seen:
+            with self.model.mode(train=True):
+                hidden = response_hidden(self.model, part.prompts, part.responses)
+            self._loss(part, hidden).backward()
+        self._drop_gradients()
+        return seen
+
+    def _loss(self, part: Group, hidden: Tensor) -> Tensor:
+        objective, head = self.config.objective, self.model.head
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        if objective.kind == "distill":
+            weight = head.weight.to(hidden.dtype)
+            is_copy = weight is not head.weight and isinstance(self.teacher, ShadowTeacher)
+            _teachers = weight.detach().clone() if is_copy else None
+            workspace = workspace_bytes(len(hidden), weight, objective.workspace_mib, self.cuda)
+            loss = loss + LossShapes.apply(hidden, weight, workspace, self.ledger).sum()
+        if objective.kind != "distill" or objective.alpha > 0:
+            loss = loss + token_logprobs(hidden, head, part.responses.packed_tokens, objective.workspace_mib).sum()
+        return loss
+
+    def _keeps_prefixes(self) -> bool:
+        engine = self.config.engine
+        return self.work.views is not None and engine.teacher_cache != "none" and engine.share_prefix
+
+    def _tier(self) -> MemoryTier:
+        engine = self.config.engine
+        mib = engine.teacher_cache_device_mib if self.cuda else engine.teacher_cache_host_mib
+        return MemoryTier("device", mib * 2**20, lambda stored: stored, lambda stored: stored.nbytes)

@@ -1,0 +1,53 @@
+"""Operators on meta tensors, remembered: layers are alike, and torch takes 0.3 ms for the shape of a sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Shapes:
+    """func(*args, **kwargs), from memory where the same operator met the same shapes before."""
+
+    def __init__(self) -> None:
+        self._pure: dict[Any, bool] = {}
+        self._known: dict[Any, list[Layout]] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func not in self._pure:
+            self._pure[func] = _makes_new_tensors(func)
+        if not self._pure[func]:
+            return func(*args, **kwargs)
+        key = func, _described(args), _described(kwargs)
+        if key not in self._known:
+            out = func(*args, **kwargs)
+            tensors = [out] if isinstance(out, Tensor) else list(out)
+            if all(isinstance(x, Tensor) and x.device.type == "meta" for x in tensors):
+                self._known[key] = [(x.shape, x.stride(), x.dtype) for x in tensors]
+            return out
+        made = [
+            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in self._known[key]
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
+
+
+def _makes_new_tensors(func: Any) -> bool:
+    """Whether all that it returns are tensors of their own, a function of the shapes of its arguments."""
+    schema = func._schema
+    aliased = any(x.alias_info is not None for x in (*schema.arguments, *schema.returns))
+    return not aliased and bool(schema.returns) and all(str(x.type) == "Tensor" for x in schema.returns)
+
+
+def _described(x: Any) -> Any:
+    """Something that is equal where the shapes are."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device.type
+    if isinstance(x, (list, tuple)):
+        return tuple([_described(one) for one in x])
+    if isinstance(x, dict):
+        return tuple([(name, _described(one)) for name, one in x.items()]) if x else ()
+    return type(x), x

@@ -1,0 +1,82 @@
+"""What computes in kernels of its own, with its shapes alone: attention over a packed row, and the loss.
+
+Everything else of a rehearsed step is the code of the step itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd.attention_plan import Part
+from opsd.plan.ledger import Ledger
+from opsd.plan.names import HEAD
+from opsd_kernels.chunking import MIB, ChunkCosts, plan_chunks
+from opsd_kernels.sweep import SCRATCH_SHARE
+
+
+class AttentionShapes:
+    """A flash kernel's results without computing them. ragged: as on CUDA, in fp16 and bf16."""
+
+    name = "shapes"
+
+    def __init__(self, ragged: bool):
+        self.ragged = ragged
+
+    def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.ragged:  # flash-attention sums dq in fp32 and dk, dv per query head
+            _sums = q.new_empty(q.shape, dtype=torch.float32)
+            _expanded = [q.new_empty(k.shape[0], *q.shape[1:]) for _ in range(2)] if k.shape[1] < q.shape[1] else []
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class StepShapes:
+    """What a decode step carries to the attention layers (opsd.decode.StepKV): its keys are written where they lie."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        return torch.empty_like(q.transpose(0, 1))
+
+
+class LossShapes(torch.autograd.Function):
+    """opsd_kernels.autograd.TokenKL: a workspace, then gradients that wait for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, workspace: int, ledger: Ledger) -> Tensor:
+        ctx.hidden_grad = torch.empty_like(hidden)
+        ctx.weight_grad = head.new_empty(head.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        ctx.dtype = head.dtype
+        with ledger.under(HEAD):
+            hidden.new_empty(workspace, dtype=torch.uint8)
+        return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        hidden_grad = torch.empty_like(ctx.hidden_grad)
+        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.dtype), None, None
+
+
+def workspace_bytes(tokens: int, head: Tensor, budget_mib: int, cuda: bool) -> int:
+    """What fused_token_kl allocates for a model's own head (V, D): opsd_kernels.sweep.plan, for either device."""
+    vocab, width = head.shape
+    half_rows = cuda and head.dtype == torch.bfloat16
+    widens = head.dtype != torch.float32 and not half_rows
+    room = budget_mib * MIB // SCRATCH_SHARE // 4 // width * width
+    costs = ChunkCosts(
+        fixed=4 * min(room, head.numel()) if widens else 0,
+        row=4 * (2 * vocab + 4 * width),
+        grad_row=2 * vocab if half_rows else 0,
+    )
+    return plan_chunks(tokens, costs, budget_mib, collect=head.requires_grad).bytes(costs)

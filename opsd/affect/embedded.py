@@ -30,6 +30,7 @@ CACHE: Final = Path("runs/cache")
 SIZES: Final = {TRAIN: 1536, VALIDATION: 96, TEST: 384}  # clips
 DATA_SEED: Final = 0
 LABEL_EVERY: Final = 19  # prime to the six labels, which take turns
+OTHERS_EVERY: Final = 2
 
 
 def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = CACHE) -> Config:
@@ -50,10 +51,17 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
     return config
 
 
-def _with_bare_labels(rows: Path, label_template: str) -> Path:
-    """The training rows with, on every LABEL_EVERY-th, the bare label for a rationale: so that the model can read one
-    too, or the arm label-only of `opsd.ablate` would have a teacher that learns nothing from what it sees."""
+def _cold_start_rows(rows: Path, label_template: str) -> Path:
+    """The training rows, changed so that the model learns to read rather than to look and listen.
+
+    Every OTHERS_EVERY-th has the video of the next row: its rationale and answer can only be read. Every LABEL_EVERY-th
+    has the bare label for a rationale, so that the model can read one too, or the arm label-only of `opsd.ablate` would
+    have a teacher that learns nothing from what it sees.
+    """
     lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    videos = [row["prompt"] for row in lines]
+    for row, prompt in zip(lines[::OTHERS_EVERY], [*videos[1:], videos[0]][::OTHERS_EVERY], strict=True):
+        row["prompt"] = prompt
     for row in lines[::LABEL_EVERY]:
         row["rationale"] = label_template.replace("{label}", row["label"])
     path = rows.with_name("cold_start.jsonl")
@@ -81,7 +89,7 @@ def _build(folder: Path, train: Callable[[Config], Any], seed: int) -> None:
 
 def _cold_start(folder: Path, run_dir: Path, seed: int) -> Config:
     base = {**read_yaml(HERE / "cold_start.yaml")[0], "model": {"path": str(folder / "start")}}
-    rows = _with_bare_labels(folder / "data" / "train.jsonl", PromptsConfig().label_template)
+    rows = _cold_start_rows(folder / "data" / "train.jsonl", PromptsConfig().label_template)
     base["data"]["train"] = str(rows)
     base["train"] |= {"run_dir": str(run_dir), "seed": seed}
     return load_config(None, (), base)

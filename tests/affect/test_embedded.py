@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,20 @@ def test_the_key_follows_what_determines_the_folder(monkeypatch: pytest.MonkeyPa
     assert key == embedded._key(0) != embedded._key(1)
     monkeypatch.setattr(embedded, "vocabulary", lambda: ["another"])
     assert embedded._key(0) != key
+
+
+def test_some_rows_of_the_cold_start_can_only_be_read(tmp_path: Path) -> None:
+    """Another clip's video, or a bare label; every other row is the training row as it is."""
+    trainer = Trainer()
+    config = embedded.prepare([], trainer, tmp_path)
+    assert config.data.train is not None
+    train, cold = (
+        [json.loads(line) for line in (config.data.train.parent / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "cold_start")
+    )
+    assert len(train) == len(cold) == 6
+    for i, (row, read) in enumerate(zip(train, cold, strict=True)):
+        assert read["prompt"] == (train[(i + 1) % 6] if i % embedded.OTHERS_EVERY == 0 else row)["prompt"]
+        assert row["answer"] == read["answer"] and row["subtitle"] == read["subtitle"]
+        assert (read["rationale"] == row["rationale"]) == (i % embedded.LABEL_EVERY > 0)
+    assert row["label"] != train[0]["label"] and f"is: {cold[0]['label']}" in cold[0]["rationale"]

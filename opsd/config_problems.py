@@ -86,6 +86,7 @@ def _expected(detail: Any) -> str:
         "string_type": "text",
         "string_too_short": "text that is not empty",
         "tuple_type": "a list",
+        "dict_type": "a mapping",
         "missing": "a value",
         "path_type": "a path",
         "model_type": "keys with values",

@@ -254,7 +254,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, message: s
         ),
         (
             "model.lora_targets=all",
-            "command line: field 'model.lora_targets': expected one of all-linear or a list; ",
+            "command line: field 'model.lora_targets': expected one of all-linear or a list or a mapping; ",
         ),
         ("train.seed=-1", "command line: field 'train.seed': expected a value >= 0; found -1"),
         ("rollout.stop=[a, '']", "command line: field 'rollout.stop': expected a list of strings that are not empty"),

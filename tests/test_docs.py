@@ -65,7 +65,9 @@ def test_the_commands_of_a_page_run(place, page):
     shell = []
     for said, language, text in blocks(page):
         if said.startswith("file: "):
-            (place / said.removeprefix("file: ")).write_text(text)
+            file = place / said.removeprefix("file: ")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
         elif said == "run" and language == "python":
             run(place, [sys.executable, "-c", text])
         elif said == "run":

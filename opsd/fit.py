@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from opsd.errors import InputError, writing
+from opsd import durable
+from opsd.errors import InputError
 
 T = TypeVar("T")
 _REFUSALS = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU
@@ -29,6 +30,7 @@ class Budget:
     tokens: int
     file: Path  # where a smaller number than the config's is kept
     retries: int = 0
+    writes: bool = True  # False for a process that leaves the file to another
 
     @staticmethod
     def of(tokens: int, file: Path) -> Budget:
@@ -43,11 +45,10 @@ class Budget:
     def halve(self, largest: int) -> None:
         """Half of the largest pass there was, for this and all later steps."""
         self.tokens, self.retries = max(1, min(self.tokens, largest) // 2), self.retries + 1
-        self.keep()
 
     def keep(self) -> None:
-        with writing(self.file):
-            self.file.write_text(json.dumps({"token_budget": self.tokens}) + "\n", encoding="utf-8")
+        if self.writes:
+            durable.write_text(self.file, json.dumps({"token_budget": self.tokens}) + "\n")
 
 
 def within_memory(
@@ -73,6 +74,7 @@ def within_memory(
     budget.halve(before)
     if largest() >= before:
         raise _too_little(f"out of memory in a pass of {before} tokens, which cannot be divided")
+    budget.keep()
     start_again()
     gc.collect()
     if device.type == "cuda":

@@ -22,7 +22,7 @@ def held_out_loss(run: Run, rows: list[Example], step: int) -> float:
     """
     sums, size = Sums(), run.config.evaluate.batch_size
     for some in (rows[first : first + size] for first in range(0, len(rows), size)):
-        for part in micro_batches(run.config, sample(run, some, step, greedy=True)):
+        for part in micro_batches(run.config, sample(run, some, step, greedy=True), run.budget.tokens):
             learn(run, part, teach(run, part), sums, train=False)
     values = run.world.sum({"loss": 0.0, "responses": 0.0} | {n: v for n, v in sums.read().items() if n in _READ})
     return values["loss"] * responses_per_step(run.config) / values["responses"]

@@ -22,7 +22,7 @@ from opsd.features import Towers
 from opsd.integrations.hf import output_head, skip_head
 from opsd.positions import axes, prompt_positions
 from opsd.prompts import Prompt
-from opsd.sharding import Shards, whole
+from opsd.sharding import Shards, on_host
 from opsd_kernels import Head
 
 
@@ -169,7 +169,7 @@ class LanguageModel:
         if self.shards is None:
             return None
         named = self._base.state_dict(keep_vars=True)
-        found = {id(x): whole(x).cpu() for x in named.values()}  # tied weights stay one tensor
+        found = {id(x): on_host(x).cpu() for x in named.values()}  # tied weights stay one tensor
         return {name: found[id(x)] for name, x in named.items()}
 
     def gathered(self) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opsd.config import OptimConfig
 from opsd.model import LanguageModel
-from opsd.sharding import divided, whole
+from opsd.sharding import divided, on_host, whole
 from opsd.world import World
 
 
@@ -55,7 +55,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""
         state = self.adamw.state
-        return {f"{n}/{key}": whole(t) for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
+        return {f"{n}/{key}": on_host(t) for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():

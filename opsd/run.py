@@ -209,7 +209,9 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
 def _rollouts(config: Config, model: LanguageModel, directory: RunDir, world: World) -> Rollouts | ServedRollouts:
     rollout = config.rollout
     if rollout.server and config.objective.kind != "sft":
-        return ServedRollouts(model, rollout.server, rollout.server_folder or directory.path / "served", world)
+        digest = hashlib.sha256(str(directory.path).encode()).hexdigest()[:8]
+        name, folder = f"opsd-{directory.path.name}-{digest}", rollout.server_folder or directory.path / "served"
+        return ServedRollouts(model, rollout.server, folder, name, world)
     return Rollouts(model, rollout.slots, rollout.graphs, config.engine.share_prefix)
 
 
@@ -241,11 +243,15 @@ def _budget(
 ) -> Budget:
     """Tokens of a pass: the config's, or as many as fit; fewer where the run has learnt so."""
     tokens, file = config.engine.token_budget, directory.path / "passes.json"
-    if tokens == "auto" and not file.exists():
+    learnt = world.told("yes" if file.exists() else "no") == "yes"  # the first process looks, for all of them
+    if tokens == "auto" and not learnt:
         rows = prompts.whole(train) if config.data.on_error == "skip" else train
         tokens = int(world.told(str(fitting_budget(config, model, rows, prompts, world.size))))
-    budget = Budget.of(sys.maxsize if tokens == "auto" else tokens, file)
-    if config.engine.token_budget == "auto" and world.main:
+    most = sys.maxsize if tokens == "auto" else tokens
+    with world.in_turn():
+        budget = Budget.of(most, file) if world.main else Budget(most, file, writes=False)
+    budget.tokens = int(world.told(str(budget.tokens)))
+    if config.engine.token_budget == "auto":
         budget.keep()
     return budget
 

@@ -4,7 +4,7 @@
     python -m opsd.train cfg.yaml model.adapter=lora rollout.server=http://host:8000/v1
 
 What changes from step to step is the adapter, and it is all that is sent: written to a folder that both machines see,
-loaded under a name of its own before the step's responses are drawn, unloaded after the next one is there. A server
+loaded under a name of its own before the step's responses are drawn, unloaded when the next one is there. A server
 samples with other kernels and random numbers than ours, so its responses are not those of `opsd.rollout`, and a resumed
 run need not repeat them. Everything after the rollout is the same code.
 """
@@ -12,6 +12,7 @@ run need not repeat them. Everything after the rollout is the same code.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,14 +45,20 @@ class _Answer:
 class ServedRollouts:
     """Called as `opsd.rollout.Rollouts` is.
 
-    url: of the server's API, with its version. folder: for adapters. world: its first process sends them.
+    url: of the server's API, with its version. folder: for adapters. name: of this run's adapters, no other run's.
+    world: its first process sends them.
     """
 
-    def __init__(self, model: LanguageModel, url: str, folder: Path, world: World):
+    def __init__(self, model: LanguageModel, url: str, folder: Path, name: str, world: World):
         self.model, self.folder, self.world = model, folder, world
         self.client = ChatClient(Endpoint(url, "", timeout=600.0).check(_FIELD))
         self._sent = 0
-        self._ask("models", None, json.loads)  # is anybody there?
+        # a server takes no name twice, and may still have those of this run before it was resumed
+        self._name, self._now = name, f"{name}-{world.told(secrets.token_hex(4))}"
+        with world.in_turn():
+            left = [one for one in self._ask("models", None, _names) if one.startswith(f"{name}-")]
+            for one in left if world.main else ():
+                self._ask("unload_lora_adapter", {"lora_name": one}, _anything)
 
     def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
         """G responses for each of B prompts, with log-probabilities as the server gives them."""
@@ -75,7 +82,7 @@ class ServedRollouts:
     def _send_adapter(self) -> str:
         """The name under which the server now has the student's adapter. The one before it is given up."""
         self._sent += 1
-        name, before = (f"opsd-{self.folder.parent.name}-{number}" for number in (self._sent, self._sent - 1))
+        name, before = (f"{self._now}-{number}" for number in (self._sent, self._sent - 1))
         with self.world.in_turn():
             if self.world.main:
                 path = self.folder / name
@@ -140,6 +147,10 @@ def _read(raw: bytes, prompt: list[int], sampling: Sampling) -> list[_Answer]:
     if len(found) != sampling.group_size:
         raise ValueError(f"{len(found)} answers")
     return found
+
+
+def _names(raw: bytes) -> list[str]:
+    return [str(one["id"]) for one in json.loads(raw)["data"]]
 
 
 def _anything(raw: bytes) -> None:

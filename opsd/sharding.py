@@ -40,6 +40,8 @@ class Shards:
         for unit in self.units:  # token weights are those of the whole step: gradients add up
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+            if hasattr(unit, "set_reduce_scatter_unused_params"):  # torch 2.13: rows without media leave a tower unused
+                unit.set_reduce_scatter_unused_params(True, recurse=False)
         self._depth = 0
 
     @contextmanager
@@ -76,6 +78,11 @@ def alike(slice_: Tensor, like: Tensor) -> Tensor:
 def whole(x: Tensor) -> Tensor:
     """All of a divided tensor, on every process, each of which has to ask; any other tensor itself."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def on_host(x: Tensor) -> Tensor:
+    """`whole`, in host memory where it was divided: one tensor at a time is whole on the device."""
+    return whole(x).cpu() if isinstance(x, DTensor) else x
 
 
 def divided(x: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 `ema`     theta_T <- mu theta_T + (1 - mu) theta after every update, in fp32   (OmniOPSD, arXiv 2606.15920)
 `live`    the student itself, gradients stopped
 
+An update that is left out (`skipped_updates`) is followed too, by a student that has not moved.
 After n updates an EMA teacher still is mu^n its start (90.5 % after 100 updates at mu = 0.999): choose mu for the
 length of the run.
 """
@@ -24,7 +25,7 @@ from opsd.engine import response_hidden
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
 from opsd.responses import Responses
-from opsd.sharding import alike, divided, own, whole
+from opsd.sharding import alike, divided, on_host, own
 from opsd.teacher_cache import TeacherCache
 from opsd_kernels import Head
 
@@ -182,7 +183,7 @@ class ShadowTeacher:
             torch._foreach_lerp_(shadows, students, 1.0 - self.mu)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: whole(alike(self.shadow[name], p)) for name, p in self.parameters.items()}
+        return {name: on_host(alike(self.shadow[name], p)) for name, p in self.parameters.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():

@@ -253,3 +253,9 @@ def test_sizes():
         with pytest.raises(InputError):
             parsed(wrong)
     assert available(torch.device("cpu")) > 0
+
+
+def test_held_out_losses_take_the_passes_of_the_run(tmp_path):
+    both = [f"data.validation={tmp_path / 'rows.jsonl'}", "evaluate.every=2", "checkpoint.best=loss"]
+    run = opsd.train.train(text_job(tmp_path, "engine.token_budget=auto", *both))
+    assert any("loss" in record for record in run.directory.read("evaluations"))

@@ -33,6 +33,7 @@ class Mimic:
 
     def __call__(self, body: dict[str, Any]) -> Any:
         if "lora_path" in body:
+            assert body["lora_name"] not in self.adapters, "a server takes no name twice"
             config = ModelConfig(path=str(self.base), adapter="lora")
             self.adapters[body["lora_name"]] = load_model(config, checkpoint=Path(body["lora_path"]))
             return b"Success: LoRA adapter added successfully."
@@ -40,7 +41,9 @@ class Mimic:
             del self.adapters[body["lora_name"]]
             self.unloaded.append(body["lora_name"])
             return b"Success: LoRA adapter removed successfully."
-        return self.complete(body) if "prompt" in body else {"data": []}
+        return (
+            self.complete(body) if "prompt" in body else {"data": [{"id": name} for name in ("base", *self.adapters)]}
+        )
 
     def complete(self, body: dict[str, Any]) -> Any:
         model = self.adapters[body["model"]]
@@ -94,11 +97,23 @@ def test_every_step_samples_from_the_adapter_of_that_step_and_gives_up_the_last(
     config = text_job(tmp_path, *LORA, f"rollout.server={server.url}")
     train(config)
     sent = [body["lora_name"] for path, _, body in server.seen if path.endswith("/load_lora_adapter")]
-    assert sent == [f"opsd-run-{i}" for i in (1, 2, 3, 4)]
+    assert len(set(sent)) == 4
+    assert all(name.startswith("opsd-run-") for name in sent)
     assert server.mimic.unloaded == sent[:-1]
     asked = [body["model"] for path, _, body in server.seen if path.endswith("/completions")]
     assert asked == [name for name in sent for _ in range(config.train.prompts_per_step)]
     assert [p.name for p in (config.train.run_dir / "served").iterdir()] == sent[-1:]
+
+
+def test_a_resumed_run_takes_new_names_and_gives_up_the_old_one(tmp_path, server):
+    config = text_job(tmp_path, *LORA, f"rollout.server={server.url}", "train.steps=2")
+    train(config)
+    [left] = server.mimic.adapters
+    server.mimic.adapters["opsd-run-of-somebody-else"] = None
+    train(text_job(tmp_path, *LORA, f"rollout.server={server.url}", "train.steps=4"), resume=True)
+    assert left in server.mimic.unloaded
+    assert len(server.mimic.adapters) == 2
+    assert "opsd-run-of-somebody-else" in server.mimic.adapters
 
 
 @pytest.mark.parametrize(

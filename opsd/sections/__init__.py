@@ -58,6 +58,8 @@ class Config(Section):
             raise refuse("checkpoint.best", "none or accuracy for objective.kind reward", best)
         if best == "loss" and self.train.parallel == "fsdp":  # its processes would need as many passes each
             raise refuse("checkpoint.best", "none or accuracy for train.parallel fsdp", best)
+        if best == "loss" and self.rollout.server and self.objective.kind != "sft":
+            raise refuse("checkpoint.best", "none or accuracy with rollout.server", best)
 
 
 __all__ = [

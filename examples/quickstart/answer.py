@@ -29,4 +29,5 @@ text = processor.apply_chat_template(row["prompt"], tokenize=False, add_generati
 picture = Image.open(rows.parent / row["prompt"][-1]["content"][0]["image"])
 size = {"shortest_edge": config["media"]["min_pixels"], "longest_edge": config["media"]["max_pixels"]}
 inputs = processor(text=[text], images=[picture], images_kwargs={"size": size}, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=28))[0], "| truth:", row["label"])
+answer = model.generate(**inputs, max_new_tokens=28)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answer)[0], "| truth:", row["label"])

@@ -17,7 +17,7 @@ from opsd.affect.faces import film
 
 
 def main(folder: Path) -> None:
-    (folder / "faces").mkdir(parents=True)
+    (folder / "faces").mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(20):
         clip, rng = make_clip(TRAIN, seed=1, index=index)

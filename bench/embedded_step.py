@@ -1,8 +1,8 @@
 """`python -m bench.embedded_step OTHER NAME.json`: a step of the embedded job, here and in another checkout, in turn.
 
 OTHER is a source tree of this project, its C++ rows built where it should have them. Both trees train the same
-cold-started model on the same rows, each as its own opsd/affect/embedded.yaml says; rows with videos are left out, for
-trees that cannot read them. The first line of a run, which warms up, does not count. Rounds are added to those that
+cold-started model on the same rows, each as its own opsd/affect/embedded.yaml says; of a video they see one frame, for
+trees that cannot read videos. The first line of a run, which warms up, does not count. Rounds are added to those that
 NAME.json has for the same overrides.
 
 Seconds are those of the processor: the job computes on one thread, and what else the machine does disturbs them less.
@@ -20,8 +20,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
+
 from opsd.affect.embedded import prepare
 from opsd.environment import environment
+from opsd.media import load_video
 from opsd.train import train
 
 HERE = Path(__file__).parents[1]
@@ -48,15 +51,21 @@ def run(tree: Path, data: dict[str, str], words: list[str]) -> Times:
 
 
 def common(folder: Path) -> dict[str, str]:
-    """Model and rows of this tree's embedded job that both trees can read."""
+    """Model and rows of this tree's embedded job that both trees can read. folder: for pictures."""
     config = prepare([], train)
     paths = {"data.train": (config.data.train, ROWS), "data.test": (config.data.test, HELD_OUT)}
     settings = {"model.path": config.model.path}
     for field, (source, count) in paths.items():
         assert source is not None
-        rows = [line for line in source.read_text(encoding="utf-8").splitlines() if '"type": "video"' not in line]
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:count]]
+        for part in (part for row in rows for message in row["prompt"] for part in message["content"]):
+            if part["type"] == "video":
+                picture = folder / f"{Path(part['video']).stem}.png"
+                Image.fromarray(load_video(source.parent / part["video"], 1).frames[0]).save(picture)
+                part.clear()
+                part.update(type="image", image=str(picture))
         target = source.with_name(f".{field}-{folder.name}.jsonl")  # media are named from the folder of the rows
-        target.write_text("\n".join(rows[:count]) + "\n", encoding="utf-8")
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings[field] = str(target)
     return settings
 

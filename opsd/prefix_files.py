@@ -72,7 +72,7 @@ class PrefixFiles:
         """Write the prefix, unless its file is there; one bigger than the budget is passed by."""
         path = self._path(key)
         try:
-            if path.exists():
+            with suppress(FileNotFoundError):  # asked first, it could be removed before it is touched
                 return _touch(path)
             file = _file(key, stored)
             if file.size <= self.budget:

@@ -146,6 +146,23 @@ assert not files.failures and not files.damaged and not files.abandoned
     assert not files.failures and not files.damaged and not files.abandoned
 
 
+def test_a_file_another_process_removes_while_it_is_put_is_written_again(tmp_path, monkeypatch) -> None:
+    """Between looking for the file and touching it, and between reading it and touching it."""
+    files = PrefixFiles(tmp_path, MIB)
+    files.put(key(1), stored(1))
+    utime = os.utime
+
+    def evicted_first(path: Path, ns: tuple[int, int]) -> None:
+        if path.name != ".writing":
+            path.unlink(missing_ok=True)
+        utime(path, ns=ns)
+
+    monkeypatch.setattr(os, "utime", evicted_first)
+    files.put(key(1), stored(1))
+    assert same(files.get(key(1)), stored(1)) and files.get(key(1)) is None
+    assert counts(files) == {"evictions": 0, "damaged": 0, "abandoned": 0, "failures": 0}
+
+
 def test_a_folder_deleted_in_between_is_counted_told_once_and_made_again(tmp_path, caplog) -> None:
     files = PrefixFiles(tmp_path / "cache", MIB)
     files.put(key(1), stored(1))

@@ -1,70 +1,62 @@
-"""AdamW, the learning-rate schedule and the clip. The schedule is a function of the step: nothing to resume."""
+"""The update: clip, learning-rate schedule, AdamW. The schedule is a function of the step: nothing to resume."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opsd.adamw import AdamW, ExactAdamW
+from opsd.adamw_low_bit import LowBitAdamW, embedding_names
 from opsd.config import OptimConfig
 from opsd.model import LanguageModel
-from opsd.sharding import divided, on_host, whole
+from opsd.sharding import whole
 from opsd.world import World
 
 
 class Optimizer:
-    """AdamW over the model's trainable parameters, addressed by name so that a checkpoint can name them too."""
+    """An AdamW over the model's trainable parameters, addressed by name so that a checkpoint can name them too."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig, steps: int, world: World | None = None):
         self.config, self.steps, self.world = config, steps, world or World()
         self.parameters = model.trainable()
-        self.adamw = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel, and one that can be told on the device to change nothing
-        )
+        self.adamw = _adamw(model, self.parameters, config)
         self.skipped = Skipped()
 
     def step(self, step: int, loss: Tensor | float = 0.0) -> dict[str, Tensor | float]:
         """Add up the processes' gradients, clip, update, clear them. step counts from 0.
 
-        Where the loss or the gradient's norm is no finite number, weights and moments stay exactly as they are, and the
-        host does not look. loss: this process's part of it.
+        Where the loss or the gradient's norm is no finite number, weights and moments stay exactly as they are.
+        loss: this process's part of it.
         """
         self.world.add_gradients(self.parameters.values())
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         rate = self.config.lr * schedule(self.config, step, self.steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
         bad = 1.0 - torch.isfinite(norm + self.world.total(loss)).float()
-        setattr(self.adamw, "found_inf", bad)  # noqa: B010 - as torch.amp.GradScaler tells a fused optimizer
-        self.adamw.step()
+        self.adamw.step(rate, bad)
         self.clear()
         self.skipped.add(bad)
         return {"grad_norm": norm, "lr": rate}
 
     def clear(self) -> None:
         """Throw the gradients away."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""
-        state = self.adamw.state
-        return {f"{n}/{key}": on_host(t) for n, p in self.parameters.items() for key, t in state.get(p, {}).items()}
+        return self.adamw.state()
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            keys = [key for key in tensors if key.rpartition("/")[0] == name]
-            if keys:
-                state = {key.rpartition("/")[2]: tensors[key] for key in keys}
-                self.adamw.state[p] = {
-                    key: t.to(p.device) if key == "step" else divided(t, p) for key, t in state.items()
-                }
+        self.adamw.load_state(tensors)
+
+
+def _adamw(model: LanguageModel, parameters: dict[str, nn.Parameter], config: OptimConfig) -> AdamW:
+    if config.kind == "adamw":
+        return ExactAdamW(parameters, config)
+    return LowBitAdamW(parameters, embedding_names(model.module, parameters), config)
 
 
 class Skipped:

@@ -17,12 +17,13 @@ RANKS = [
     "errors durable manifest stop environment intervals few_rows byte_lru digests transfer autocast logits say pace "
     "chat world sharding heap",
     "fit",
-    "sections config_problems config cli leaks video processing packing responses positions",
+    "sections config_problems config bnb cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
     "liger",
     "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
-    "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives optim log progress trackers",
+    "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives adamw adamw_low_bit "
+    "optim log progress trackers",
     "checkpoint shelf resume group plan run saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize export train ablation ablate",

@@ -10,7 +10,7 @@ KNOBS = {
     WEIGHTS: "model.dtype with model.adapter=lora",
     ADAPTERS: "model.lora_r, model.lora_targets",
     GRADIENTS: "model.adapter=lora, model.freeze",
-    MOMENTS: "model.adapter=lora, model.freeze",
+    MOMENTS: "model.adapter=lora, model.freeze, optim.kind",
     AVERAGE: "teacher.kind=frozen, teacher.lora_average=freeze_a",
     ACTIVATIONS: "engine.token_budget, model.activation_checkpointing",
     HEAD: "objective.workspace_mib",

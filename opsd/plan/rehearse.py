@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd.adamw_low_bit import embedding_names, moments_of
 from opsd.config import Config
 from opsd.decode import Room, Slots
 from opsd.engine import prefill, response_hidden
@@ -43,8 +44,9 @@ class Rehearsal:
         self.teacher: Teacher | None = build_teacher(config.teacher, model) if work.views is not None else None
         if self.teacher is not None:
             self.ledger.name(self.teacher.state().values(), AVERAGE)
-        self.moments = [torch.empty_like(p) for p in model.trainable().values() for _ in range(2)]  # AdamW's
-        self.ledger.name(self.moments, MOMENTS)
+        trained = model.trainable()
+        self.moments = moments_of(trained, embedding_names(model.module, trained), config.optim, cuda)
+        self.ledger.name(self.moments.resident, MOMENTS)
         for p in model.trainable().values():
             p.register_post_accumulate_grad_hook(lambda p: self.ledger.name([p.grad], GRADIENTS))
         self.cache = TeacherCache(PrefixStore(model.device, [self._tier()])) if self._keeps_prefixes() else None
@@ -71,9 +73,13 @@ class Rehearsal:
         return {"teacher": teacher, "student": self._student(part, target, len(parts) > 1)}
 
     def _update(self) -> Counter[str]:
-        """AdamW is one kernel, which makes nothing; a moving teacher may."""
+        """AdamW is one kernel, which makes nothing, but for moments that come a parameter at a time; a moving teacher
+        may."""
         self._give_gradients()
         with self.ledger.phase() as seen:
+            with self.ledger.under(MOMENTS):
+                for paged in self.moments.paged:
+                    _come_and_go(paged)
             if self.teacher is not None:
                 self.teacher.update()
         self._drop_gradients()
@@ -153,3 +159,7 @@ class Rehearsal:
         engine = self.config.engine
         mib = engine.teacher_cache_device_mib if self.cuda else engine.teacher_cache_host_mib
         return MemoryTier("device", mib * 2**20, lambda stored: stored, lambda stored: stored.nbytes)
+
+
+def _come_and_go(tensors: list[Tensor]) -> None:
+    _here = [torch.empty_like(x) for x in tensors]

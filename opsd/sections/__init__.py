@@ -43,6 +43,8 @@ class Config(Section):
             raise refuse(
                 "rollout.server", "null unless model.adapter is lora, which is what is sent", self.rollout.server
             )
+        if self.optim.kind != "adamw" and self.train.parallel == "fsdp":
+            raise refuse("optim.kind", "adamw for train.parallel fsdp, which divides its moments", self.optim.kind)
         if self.checkpoint.best != "none":
             self._can_choose()
         return self

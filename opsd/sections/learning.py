@@ -59,6 +59,10 @@ class RewardsConfig(Section):
 
 
 class OptimConfig(Section):
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW's moments: fp32; as 8-bit codes; paged to the host where the GPU is full (bitsandbytes).",
+    )
     lr: Float = Field(default=1e-6, ge=0, description="Peak learning rate of AdamW.")
     betas: Annotated[tuple[Float, Float], Field(strict=False)] = Field(
         default=(0.9, 0.999), description="AdamW decays."

@@ -11,6 +11,7 @@ formulas dS = P * (dO V' - D) are then those of the whole softmax, so the gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from opsd.attention_choice import Choice, choose_kernel
 from opsd.attention_kernels import Kernel
 from opsd.attention_plan import Plan, plan
 from opsd.packing import Packed
+from opsd.prefix_entry import Stored
 
 NAME = "opsd_packed"
 
@@ -37,7 +39,7 @@ class PackedKV:
     """The layout of a packed row, keys of earlier passes, and room for those of this one."""
 
     packed: Packed
-    stored: list[tuple[Tensor, Tensor]] | None = None  # per layer: keys and values (Hkv, P, d) of all stored roots
+    stored: Sequence[Stored] = ()  # roots of earlier passes, in the order of the row
     keep: bool = False  # leave this row's keys and values in `kept`
     attention: Choice | Kernel = "auto"
 
@@ -49,8 +51,9 @@ class PackedKV:
         """q (H, S, d), k and v (Hkv, S, d) -> (S, H, d), differentiable in all three."""
         if self.keep:
             self.kept[layer] = k, v
-        if self.stored is not None:
-            k, v = (torch.cat(pair, 1) for pair in zip((k, v), self.stored[layer], strict=True))
+        if self.stored:
+            k = torch.cat([k, *(one.keys[layer] for one in self.stored)], 1)
+            v = torch.cat([v, *(one.values[layer] for one in self.stored)], 1)
         kernel = choose_kernel(q, self.attention)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # tokens first, as they lie in memory
         return _PackedAttention.apply(q, k, v, self.plan(window, kernel, q.device), kernel, scale)

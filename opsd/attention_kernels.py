@@ -31,22 +31,30 @@ class Kernel(Protocol):
 
 
 class CpuFlash:
+    """Short runs of queries that share key heads go in as one run per key head: the kernel reads and packs the keys
+    once for each of its blocks of queries, whose size grows with the length of the run."""
+
     name, ragged = "cpu_flash", False
 
     def lse_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-        mask = _additive(part.mask, q.dtype)
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.causal, attn_mask=mask, scale=scale)
+        mask, heads = _additive(part.mask, q.dtype), _heads_to_stack(q, k, part)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            _stacked(q, heads), k, v, 0.0, part.causal, attn_mask=mask, scale=scale
+        )
+        return _unstacked(out, q), _unstacked(lse, q)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask = _additive(part.mask, q.dtype)
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, part.causal, attn_mask=mask, scale=scale
+        mask, heads = _additive(part.mask, q.dtype), _heads_to_stack(q, k, part)
+        grad, rows, out, lse = (_stacked(x, heads) for x in (grad, q, out, lse))
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, rows, k, v, out, lse, 0.0, part.causal, attn_mask=mask, scale=scale
         )
+        return _unstacked(dq, q), dk, dv
 
 
 class CudaFlash:
@@ -109,6 +117,25 @@ class Dense:
     def _grouped(self, weights: Tensor, values: Tensor) -> Tensor:
         group = weights.shape[1] // values.shape[1]
         return weights @ values.to(weights.dtype).repeat_interleave(group, 1)
+
+
+_LONGEST_BLOCK_FROM = 768  # queries; from here on torch's kernel has its largest blocks anyway
+
+
+def _heads_to_stack(q: Tensor, k: Tensor, part: Part) -> int:
+    """Heads of the keys, if the queries are few and no query of a head is treated unlike another; else of q."""
+    alike = not part.causal and (part.mask is None or part.mask.shape[2] == 1)
+    return k.shape[1] if alike and q.shape[2] < _LONGEST_BLOCK_FROM else q.shape[1]
+
+
+def _stacked(x: Tensor, heads: int) -> Tensor:
+    """(n, H, L, ...) -> (n, heads, H / heads * L, ...)"""
+    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _unstacked(x: Tensor, q: Tensor) -> Tensor:
+    """Back to the heads of q."""
+    return x if x.shape[1] == q.shape[1] else x.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 CPU_FLASH, CUDA_FLASH, DENSE = CpuFlash(), CudaFlash(), Dense()

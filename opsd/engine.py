@@ -66,7 +66,7 @@ def forward(
     model.tokens.add(packed.length, packed.padded_length)
     fresh = [prompt for prompt, one in zip(prompts, known, strict=True) if one is None]
     older = [one for one in known if one is not None]
-    carried = PackedKV(packed, _stored_layers(older), keep, model.attention)
+    carried = PackedKV(packed, older, keep, model.attention)
     if packed.length:
         ids = _ids(prompts, responses, packed, model.device)
         positions, media = _positions(model, prompts, packed, known), _media(fresh, model)
@@ -127,15 +127,6 @@ def _media(prompts: Sequence[Prompt], model: LanguageModel) -> dict[str, Tensor]
             parts = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts]
         media[name] = to_device(torch.cat(parts), model.device)
     return media
-
-
-def _stored_layers(stored: Sequence[Stored]) -> list[tuple[Tensor, Tensor]] | None:
-    """Per layer the keys and values of all stored prompts, one after another: (Hkv, sum P, d)."""
-    if not stored:
-        return None
-    keys = zip(*(one.keys for one in stored), strict=True)
-    values = zip(*(one.values for one in stored), strict=True)
-    return [(torch.cat(k, 1), torch.cat(v, 1)) for k, v in zip(keys, values, strict=True)]
 
 
 def _kept(

@@ -65,7 +65,7 @@ def gradients(run: Run, group: Group) -> Sums:
     for part in passes(run, group):
         with run.clock.phase("teacher"):
             target = teach(run, part)
-        with run.clock.phase("student"):
+        with run.clock.phase("student"), run.model.mode(train=True):  # layers are computed again with their dropout
             loss = learn(run, part, target, sums)
             loss.backward()
     return sums

@@ -17,6 +17,7 @@ from opsd.integrations.hf import logit_changes, output_head
 from opsd.liger import use_liger
 from opsd.logits import logits_of
 from opsd.model import LanguageModel
+from opsd.offload import LayerInputs, offload
 from opsd.parts import freeze
 
 # Checkpoints that speak too are opened as the part that reads and writes text.
@@ -63,7 +64,9 @@ def prepared(module: Any, config: ModelConfig, source: str, seed: int = 0, check
     freeze(module, config.freeze)
     if config.adapter == "lora":
         module = add_lora(module, config, seed, checkpoint)
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "offload":
+        offload(module, LayerInputs())
+    elif config.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError("something left to train", repr(list(config.freeze)), field="model.freeze")

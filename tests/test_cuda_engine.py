@@ -299,6 +299,20 @@ def test_tiers_of_memory_never_wait(folder):
     assert found is not None and same(found, given)
 
 
+@pytest.mark.parametrize("words", [(), ADAPTER, MIXED], ids=["fp32", "bf16-adapter", "bf16-full"])
+def test_layer_inputs_on_the_host_change_nothing_and_never_wait(folder, words):
+    responses, found = responses_of(LENGTHS, per_prompt=2), []
+    for value in ("true", "offload"):
+        model, prompts, _ = open_model(folder, *words, f"model.activation_checkpointing={value}")
+        with model.mode(train=True):
+            found.append(results(model, prompts[:3], responses, share=True))  # and pinned memory is made
+            with no_waiting():
+                response_hidden(model, prompts[:3], responses).sum().backward()
+    assert torch.equal(found[0][0], found[1][0])
+    for name, grad in found[0][1].items():
+        assert relative(found[1][1][name], grad) < 1e-5, name
+
+
 @pytest.mark.skipif(util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 @pytest.mark.parametrize("words", [(), ADAPTER, MIXED], ids=["fp32", "bf16-adapter", "bf16-full"])
 def test_ligers_layers_are_as_good_as_transformers(folder, words):

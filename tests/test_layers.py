@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 # Inside opsd an import goes to a lower line, or stays on its line without a cycle.
 RANKS = [
     "integrations",  # torch and opsd_kernels only
-    "errors durable manifest stop environment intervals few_rows byte_lru digests transfer autocast logits say pace "
-    "chat world sharding heap",
+    "errors durable manifest stop environment intervals few_rows byte_lru digests transfer offload autocast logits say "
+    "pace chat world sharding heap",
     "fit",
     "sections config_problems config bnb cli leaks video processing packing responses positions",
     "prefix_entry tensor_file prefix_files prefix_store feature_cache",

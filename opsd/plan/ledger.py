@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd.plan.names import ACTIVATIONS
+from opsd.plan.names import ACTIVATIONS, ON_HOST
 from opsd.plan.shapes import Shapes
 
 
@@ -30,6 +30,7 @@ class Ledger(TorchDispatchMode):
         self.at_peak: Counter[str] = Counter()
         self._name = ACTIVATIONS
         self._total = self._peak = 0
+        self._most: Counter[str] = Counter()  # on the host, whose peak is another
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._shapes = Shapes()
 
@@ -69,9 +70,10 @@ class Ledger(TorchDispatchMode):
         """What is alive by name when there is most of it inside; complete when the context ends."""
         seen: Counter[str] = Counter()
         self._peak, self.at_peak = self._total, self.live.copy()
+        self._most = Counter({name: self.live[name] for name in ON_HOST})
         with self:
             yield seen
-        seen.update(+self.at_peak)
+        seen.update(+(self.at_peak | self._most))
 
     def _enter(self, tensor: Tensor, name: str | None = None) -> None:
         if tensor.device.type != "meta":
@@ -91,6 +93,9 @@ class Ledger(TorchDispatchMode):
 
     def _change(self, name: str, size: int) -> None:
         self.live[name] += size
+        if name in ON_HOST:
+            self._most[name] = max(self._most[name], self.live[name])
+            return
         self._total += size
         if self._total > self._peak:
             self._peak, self.at_peak = self._total, self.live.copy()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS, AVERAGE = "weights", "adapter", "gradients", "optimizer", "teacher's weights"
 ACTIVATIONS, HEAD, SLOTS = "activations", "head workspace", "KV of rollout slots"
 PREFIXES, FEATURES, PROMPTS = "teacher's prefixes", "features of media", "prompts and media"
+INPUTS = "layer inputs (host)"
 
 KNOBS = {
     WEIGHTS: "model.dtype with model.adapter=lora",
@@ -18,4 +21,11 @@ KNOBS = {
     PREFIXES: "engine.teacher_cache, engine.teacher_cache_*_mib",
     FEATURES: "engine.feature_cache_mib",
     PROMPTS: "prompts.cache_mib",
+    INPUTS: "engine.token_budget, model.activation_checkpointing",
 }
+ON_HOST = (INPUTS,)  # beside a device: no part of what has to fit there
+
+
+def on_device(phase: Mapping[str, int]) -> int:
+    """Bytes of a phase that its device has to hold."""
+    return sum(size for name, size in phase.items() if name not in ON_HOST)

@@ -12,6 +12,7 @@ from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import explained
 from opsd.loading import model_class, prepared, weight_dtype
 from opsd.model import LanguageModel
+from opsd.offload import Lane, LayerInputs, offload
 from opsd.plan.stand_ins import AttentionShapes
 
 
@@ -42,9 +43,17 @@ def outline(config: ModelConfig, engine: EngineConfig, processor: Any, cuda: boo
     model = LanguageModel(module.eval(), processor, {}, config, engine)
     half = model.head.weight.dtype == torch.bfloat16 or model.mixed
     model.attention = AttentionShapes(ragged=cuda and half)
-    if config.activation_checkpointing and model.mixed:  # torch opens autocast again for the second forward
-        module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed})
+    checkpointed(model)
     return model
+
+
+def checkpointed(model: LanguageModel, lane: Lane | None = None) -> None:
+    """Activation checkpointing as the model's config has it, on meta. lane: to the host of a plan."""
+    options = {"context_fn": _recomputed} if model.mixed else {}  # torch opens autocast again for the second forward
+    if model.config.activation_checkpointing == "offload":
+        offload(model.module, LayerInputs(lane), **options)
+    elif model.config.activation_checkpointing:
+        model.module.gradient_checkpointing_enable({"use_reentrant": False, **options})
 
 
 def _recomputed() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from opsd.config import Config
 from opsd.model import LanguageModel
-from opsd.plan.names import FEATURES, PREFIXES, PROMPTS
+from opsd.plan.names import FEATURES, PREFIXES, PROMPTS, on_device
 from opsd.plan.rehearse import Phases, Rehearsal
 from opsd.plan.workload import Workload
 
@@ -115,4 +115,4 @@ def _with(phase: Counter[str], resting: Counter[str]) -> Counter[str]:
 
 
 def _peak(phases: Phases) -> int:
-    return max(sum(phase.values()) for phase in phases.values())
+    return max(on_device(phase) for phase in phases.values())

@@ -17,7 +17,8 @@ from opsd.model import LanguageModel
 from opsd.objectives.logprobs import token_logprobs
 from opsd.plan.ledger import Ledger
 from opsd.plan.names import ADAPTERS, AVERAGE, GRADIENTS, MOMENTS, PREFIXES, SLOTS, WEIGHTS
-from opsd.plan.stand_ins import LossShapes, StepShapes, workspace_bytes
+from opsd.plan.outline import checkpointed
+from opsd.plan.stand_ins import HostShapes, LossShapes, StepShapes, workspace_bytes
 from opsd.plan.workload import Workload
 from opsd.prefix_store import MemoryTier, PrefixStore
 from opsd.prompts import Prompt
@@ -37,6 +38,8 @@ class Rehearsal:
     def __init__(self, config: Config, model: LanguageModel, work: Workload, cuda: bool):
         self.config, self.model, self.work, self.cuda = config, model, work, cuda
         self.ledger = Ledger(512 if cuda else 64)
+        if cuda:
+            checkpointed(model, HostShapes(self.ledger))
         every = dict(model.module.named_parameters())
         adapter = [p for name, p in every.items() if ".lora_" in name]
         self.ledger.name([*every.values(), *model.module.buffers()], WEIGHTS)
@@ -131,9 +134,8 @@ class Rehearsal:
     def _student(self, part: Group, target: Any, several: bool) -> Counter[str]:
         if several:
             self._give_gradients()
-        with self.ledger.phase() as seen:
-            with self.model.mode(train=True):
-                hidden = response_hidden(self.model, part.prompts, part.responses)
+        with self.ledger.phase() as seen, self.model.mode(train=True):
+            hidden = response_hidden(self.model, part.prompts, part.responses)
             self._loss(part, hidden).backward()
         self._drop_gradients()
         return seen

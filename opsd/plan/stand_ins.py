@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from opsd.attention_plan import Part
 from opsd.plan.ledger import Ledger
-from opsd.plan.names import HEAD
+from opsd.plan.names import HEAD, INPUTS
 from opsd_kernels.chunking import MIB, ChunkCosts, plan_chunks
 from opsd_kernels.sweep import SCRATCH_SHARE
 
@@ -66,6 +66,23 @@ class LossShapes(torch.autograd.Function):
         weight_grad, ctx.weight_grad = ctx.weight_grad, None
         hidden_grad = torch.empty_like(ctx.hidden_grad)
         return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.dtype), None, None
+
+
+class HostShapes:
+    """A lane of opsd.offload to pinned memory, of which torch's allocator gives powers of two."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def out(self, x: Tensor) -> tuple[Tensor, None]:
+        with self.ledger.under(INPUTS):
+            room = torch.empty(1 << (x.nbytes - 1).bit_length(), dtype=torch.uint8, device="meta")
+        return room[: x.nbytes].view(x.dtype).view(x.shape), None
+
+    def back(self, kept: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(kept), None
+
+    def wait(self, done: None) -> None: ...
 
 
 def workspace_bytes(tokens: int, head: Tensor, budget_mib: int, cuda: bool) -> int:

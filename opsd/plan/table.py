@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opsd.plan.names import KNOBS
+from opsd.plan.names import KNOBS, ON_HOST, on_device
 from opsd.plan.plan import MARGIN, Plan, room
 
 _ORDER = ("rollout", "teacher", "student", "update", "evaluation")
@@ -12,12 +12,16 @@ _MIB = 1 << 20
 def rendered(plan: Plan) -> str:
     """MiB, the largest line of the fullest phase first; what it comes to, whether it fits, and what would."""
     phases = [name for name in _ORDER if name in plan.phases]
-    fullest = max(phases, key=lambda name: sum(plan.phases[name].values()))
+    fullest = max(phases, key=lambda name: on_device(plan.phases[name]))
     lines = [name for name in KNOBS if any(plan.phases[phase][name] for phase in phases)]
     lines.sort(key=lambda name: -plan.phases[fullest][name])
-    rows = [["MiB", *phases, "moved by"]]
-    rows += [[name, *(_mib(plan.phases[phase][name]) for phase in phases), KNOBS[name]] for name in lines]
-    rows.append(["all", *(_mib(sum(plan.phases[phase].values())) for phase in phases), ""])
+
+    def row(name: str) -> list[str]:
+        return [name, *(_mib(plan.phases[phase][name]) for phase in phases), KNOBS[name]]
+
+    rows = [["MiB", *phases, "moved by"], *(row(name) for name in lines if name not in ON_HOST)]
+    rows.append(["all", *(_mib(on_device(plan.phases[phase])) for phase in phases), ""])
+    rows += [row(name) for name in lines if name in ON_HOST]
     widths = [max(len(row[i]) for row in rows) for i in range(len(phases) + 1)]
     table = ["  ".join([_cell(row[i], widths[i], i) for i in range(len(widths))] + [row[-1]]).rstrip() for row in rows]
     return "\n".join([*table, "", *verdict(plan, fullest)])

@@ -30,8 +30,8 @@ class ModelConfig(Section):
     liger: Switch = Field(
         default="auto", description="Liger's fused RMSNorm, RoPE and SwiGLU; auto: on CUDA where it is installed."
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: bool | Literal["offload"] = Field(
         default=False,
-        description="Keep each layer's input only, compute the rest again in the backward.",
+        description="Keep each layer's input only, compute the rest again in the backward; offload: on the host.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")

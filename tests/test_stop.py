@@ -18,6 +18,14 @@ from tests.jobs import base_words, text_job
 from tests.test_resume import assert_same
 
 
+@pytest.fixture(autouse=True)
+def takes_interrupts():
+    """As in a terminal: what a shell starts in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     config = text_job(tmp_path_factory.mktemp("whole"), "log.samples_every=1", "evaluate.every=1")

@@ -154,6 +154,9 @@ class LanguageModel:
     def mode(self, train: bool) -> Iterator[None]:
         """Dropout on for the student's update only; restored afterwards, so no pass can switch it off for another."""
         before = self.module.training
+        if before == train:  # a thousand modules need not be told again
+            yield
+            return
         self.module.train(train)
         try:
             yield

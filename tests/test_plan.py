@@ -155,6 +155,18 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(tmp_path):
     assert not planned(larger, shape, memory=plan.memory).fits
 
 
+def test_the_largest_budget_is_the_same_whatever_budget_is_asked_for(tmp_path):
+    shape = Shape(100, 20, 40, 3)
+    words = ("train.prompts_per_step=6", "rollout.max_new_tokens=40", "evaluate.batch_size=1")
+    work = Workload.of(text_job(tmp_path, *words), Longest(100, 120, rows=1))
+    assert work.passes == [160, 200, 240, 480, 720, 960, 1200, 1440]
+    fits, over = (planned(text_job(tmp_path, *words, f"engine.token_budget={size}"), shape).peak for size in (720, 960))
+    memory = int((fits + over) / 2 / (1 - plans.MARGIN))
+    for asked in ("auto", "161", "330", "1000", "100000"):
+        plan = planned(text_job(tmp_path, *words, f"engine.token_budget={asked}"), shape, memory)
+        assert plan.largest == 720, asked
+
+
 def test_what_a_knob_moves(tmp_path):
     shape = Shape(60, 10, 8, 3)
 

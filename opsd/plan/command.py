@@ -6,6 +6,7 @@ against that, `--prompt-tokens` says how long they are.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,11 @@ def _plan(config: Config, processor: Any, longest: Longest, cuda: bool, memory: 
     device = torch.device("cuda" if cuda else "cpu")
     have = parsed(memory) if memory is not None else available(device)
     model = outline(config.model, config.engine, processor, cuda)
-    return make_plan(config, model, Workload.of(config, longest), cuda, have)
+    gc.freeze()  # a million objects of libraries and model, not to be looked through again and again
+    try:
+        return make_plan(config, model, Workload.of(config, longest), cuda, have)
+    finally:
+        gc.unfreeze()
 
 
 def _processor(config: Config) -> tuple[Any, str]:

@@ -76,7 +76,7 @@ class Ledger(TorchDispatchMode):
         seen.update(+(self.at_peak | self._most))
 
     def _enter(self, tensor: Tensor, name: str | None = None) -> None:
-        if tensor.device.type != "meta":
+        if not tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         key, name = id(storage), name or self._name

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from opsd.config import Config
 from opsd.model import LanguageModel
@@ -13,9 +14,7 @@ from opsd.plan.rehearse import Phases, Rehearsal
 from opsd.plan.workload import Workload
 
 MARGIN = 0.08  # of the memory, left for what a plan does not see: workspaces of libraries, fragments, the CUDA context
-_STEP = 64  # tokens; a budget is a multiple of it
-_TRIES = 4
-_CLOSE = 0.02  # of the memory: no search for the last of it
+_CLEAR = 0.02  # of the memory: a peak that is estimated to be so far above it needs no rehearsal
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Plan:
     phases: Phases
     budget: int
     memory: int
-    largest: int | None  # budget that fits; None: not even one response with its prompt does
+    largest: int | None  # pass that fits; None: not even one response with its prompt does
     whole: int  # tokens of the step: no budget beyond it changes anything
 
     @property
@@ -47,48 +46,43 @@ def make_plan(config: Config, model: LanguageModel, work: Workload, cuda: bool, 
     rehearsal = Rehearsal(config, model, work, cuda)
     fixed = rehearsal.fixed()
     resting = _resting(config, model, work, cuda)
-    known: dict[int, Phases] = {}
 
-    def phases(budget: int) -> Phases:
-        budget = min(budget, work.tokens)
-        if budget not in known:
-            all_phases = fixed | rehearsal.passes(budget)
-            known[budget] = {name: _with(phase, resting) for name, phase in all_phases.items()}
-        return known[budget]
+    @cache
+    def phases(tokens: int) -> Phases:
+        return {name: _with(phase, resting) for name, phase in (fixed | rehearsal.passes(tokens)).items()}
 
     asked = config.engine.token_budget
-    first = asked if isinstance(asked, int) else work.tokens // 4
-    largest = _largest(work, lambda budget: _peak(phases(budget)), room(memory), first)
+    first = work.largest_pass(asked) if isinstance(asked, int) else work.smallest
+    largest = _largest(work.passes, lambda tokens: _peak(phases(tokens)), room(memory), first)
     budget = asked if isinstance(asked, int) else largest or work.smallest
-    return Plan(phases(budget), budget, memory, largest, work.tokens)
+    return Plan(phases(work.largest_pass(budget)), budget, memory, largest, work.tokens)
 
 
-def _largest(work: Workload, peak_of: Callable[[int], int], limit: int, first: int) -> int | None:
-    """The largest budget whose peak is within the limit, to a few percent: peaks lie nearly on a line.
+def _largest(sizes: Sequence[int], peak_of: Callable[[int], int], limit: int, first: int) -> int | None:
+    """The largest of the sizes, smallest first, whose peak is within the limit; the peaks grow with them.
 
-    first: a budget that is of interest anyway. Every peak is a rehearsal, so few of them are asked for.
+    first: one that is of interest anyway, whose peak changes what is asked for, not what is found. Every peak is a
+    rehearsal, so few of them are asked for: peaks lie nearly on a line, and what it puts clearly above is not tried.
     """
-    known = {budget: peak_of(budget) for budget in (work.tokens, min(max(first, work.smallest), work.tokens))}
-    for _ in range(_TRIES):
-        fitting = [budget for budget, peak in known.items() if peak <= limit]
-        if work.tokens in fitting or any(limit - known[budget] < _CLOSE * limit for budget in fitting):
-            break
-        guess = _on_line(known, limit) // _STEP * _STEP
-        over = min(budget for budget, peak in known.items() if peak > limit)
-        guess = max(work.smallest, min(guess, over - 1), *fitting)
-        if guess in known:
-            break
+    known = {size: peak_of(size) for size in (sizes[-1], first)}
+    while known[sizes[-1]] > limit:
+        fitting = max((size for size in sizes if known.get(size, limit + 1) <= limit), default=0)
+        over = min(size for size, peak in known.items() if peak > limit)
+        between = [size for size in sizes if fitting < size < over and _on_line(known, size) <= (1 + _CLEAR) * limit]
+        if not between:
+            return fitting or None
+        guess = max((size for size in between if _on_line(known, size) <= limit), default=between[0])
         known[guess] = peak_of(guess)
-    return max((budget for budget, peak in known.items() if peak <= limit), default=None)
+    return sizes[-1]
 
 
-def _on_line(known: dict[int, int], limit: int) -> int:
-    """Where the line through the two peaks nearest to the limit meets it; 0 for a single one."""
-    near = sorted(known, key=lambda budget: abs(known[budget] - limit))[:2]
-    if len(near) < 2 or known[near[0]] == known[near[1]]:
-        return 0
-    (x, y), (z, w) = ((budget, known[budget]) for budget in near)
-    return int(x + (limit - y) * (z - x) / (w - y))
+def _on_line(known: dict[int, int], size: int) -> float:
+    """The peak of a size by the line through the two nearest known ones; 0 where there is one alone."""
+    near = sorted(known, key=lambda other: abs(other - size))[:2]
+    if len(near) < 2:
+        return 0.0
+    a, b = near
+    return known[a] + (size - a) * (known[b] - known[a]) / (b - a)
 
 
 def _resting(config: Config, model: LanguageModel, work: Workload, cuda: bool) -> Counter[str]:

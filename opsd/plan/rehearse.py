@@ -124,11 +124,11 @@ class Rehearsal:
     def _scores(self, part: Group) -> tuple[Tensor, Any]:
         assert self.teacher is not None and part.views is not None
         arguments = self.teacher, self.model, part.views, part.responses, True, self.cache, part.again or None
-        if self.cache is not None and self.teacher.updates is None:  # every prompt is computed once, then found
-            score(*arguments)
-        if self.cache is not None:
-            for tier in self.cache.store.memory:
-                self.ledger.name((x for _, one in tier.kept.items() for x in one.tensors()), PREFIXES)
+        tiers = self.cache.store.memory if self.cache is not None else []
+        if self.teacher.updates is None and tiers and not any(len(tier.kept) for tier in tiers):
+            score(*arguments)  # every prompt is computed once, then found
+        for tier in tiers:
+            self.ledger.name((x for _, one in tier.kept.items() for x in one.tensors()), PREFIXES)
         return score(*arguments)
 
     def _student(self, part: Group, target: Any, several: bool) -> Counter[str]:

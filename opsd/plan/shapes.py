@@ -14,24 +14,23 @@ class Shapes:
     """func(*args, **kwargs), from memory where the same operator met the same shapes before."""
 
     def __init__(self) -> None:
-        self._pure: dict[Any, bool] = {}
-        self._known: dict[Any, list[Layout]] = {}
+        self._known: dict[Any, dict[Any, list[Layout]] | None] = {}  # by operator; None: not to be remembered
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func not in self._pure:
-            self._pure[func] = _makes_new_tensors(func)
-        if not self._pure[func]:
+        if func not in self._known:
+            self._known[func] = {} if _makes_new_tensors(func) else None
+        known = self._known[func]
+        if known is None:
             return func(*args, **kwargs)
-        key = func, _described(args), _described(kwargs)
-        if key not in self._known:
+        key = _described(args), _described(kwargs)
+        layouts = known.get(key)
+        if layouts is None:
             out = func(*args, **kwargs)
             tensors = [out] if isinstance(out, Tensor) else list(out)
-            if all(isinstance(x, Tensor) and x.device.type == "meta" for x in tensors):
-                self._known[key] = [(x.shape, x.stride(), x.dtype) for x in tensors]
+            if all(isinstance(x, Tensor) and x.is_meta for x in tensors):
+                known[key] = [(x.shape, x.stride(), x.dtype) for x in tensors]
             return out
-        made = [
-            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in self._known[key]
-        ]
+        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts]
         return made[0] if len(made) == 1 else tuple(made)
 
 
@@ -45,7 +44,7 @@ def _makes_new_tensors(func: Any) -> bool:
 def _described(x: Any) -> Any:
     """Something that is equal where the shapes are."""
     if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device.type
+        return x.shape, x.stride(), x.dtype, x.is_meta
     if isinstance(x, (list, tuple)):
         return tuple([_described(one) for one in x])
     if isinstance(x, dict):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from opsd.config import Config
-from opsd.group import Group
+from opsd.group import Group, split
 from opsd.prompts import Prompt
 from opsd.responses import Responses
 
@@ -63,6 +63,17 @@ class Workload:
     def tokens(self) -> int:
         """Of a pass that takes the whole step."""
         return len(self.prompts) * (self._root + self.per_prompt * self.length)
+
+    @property
+    def passes(self) -> list[int]:
+        """Tokens of the passes there can be: some responses with their prompt, then whole prompts, up to the step."""
+        whole = self._root + self.per_prompt * self.length
+        some = [self._root + count * self.length for count in range(1, self.per_prompt)]
+        return some + [count * whole for count in range(1, len(self.prompts) + 1)]
+
+    def largest_pass(self, budget: int) -> int:
+        """Tokens of the largest pass under a budget."""
+        return max(part.tokens for part in split(self.group(), budget))
 
     @property
     def smallest(self) -> int:

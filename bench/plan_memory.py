@@ -78,7 +78,7 @@ def _train(job: Job, words: tuple[str, ...]) -> Run:
         _large_blocks_apart()
         for step in range(2):
             group = sample(run, run.rows(step), step)
-            gradients(run, group)
+            gradients(run, group, step)
             run.optimizer.step(step)
             run.teacher.update()
     return run

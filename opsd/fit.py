@@ -60,7 +60,7 @@ def within_memory(
 ) -> T:
     """attempt(); where it runs out of memory, once more with half the budget.
 
-    largest: tokens of the largest pass under the budget. start_again: undo what the attempt has left behind.
+    largest: tokens of the largest pass under the budget. start_again: undo what the attempt has left behind, or raise.
     Raises InputError where the second attempt fails the same way, or where passes cannot be smaller.
     """
     state = random_state(device)
@@ -74,8 +74,8 @@ def within_memory(
     budget.halve(before)
     if largest() >= before:
         raise _too_little(f"out of memory in a pass of {before} tokens, which cannot be divided")
-    budget.keep()
     start_again()
+    budget.keep()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

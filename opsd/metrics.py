@@ -65,7 +65,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     find the same token likeliest, and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
     is that of a single token: the tail that a mean hides. Per response: accuracy, format, truncated (no end came),
     response_length (tokens), and leak_rate, the share that speaks of what only the teacher sees. skipped_updates: left
-    out since the last line.
+    out since the last line; partial_updates: those of them in which some weights moved (optim.in_backward).
     Speeds are response tokens per second of a phase. computed_tokens went through the decoder in this step,
     padded_tokens would have in a padded loop without sharing; saved_tokens is the share that did not. skipped_rows is
     how many rows of the step had a file that does not decode. Beside the rollout, whose texts are read on the host,
@@ -97,7 +97,7 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     record |= {
         f"{p}_tokens_per_second": passes.get(p, 1) * steps * tokens / seconds[p] for p in _PHASES[objective.kind]
     }
-    record["skipped_updates"] = float(skipped)
+    record |= {"skipped_updates": float(skipped)} | run.optimizer.metrics()
     record |= counts | {"saved_tokens": 1.0 - counts["computed_tokens"] / counts["padded_tokens"]}
     if run.teacher_cache is not None:
         record |= run.teacher_cache.metrics()
@@ -114,6 +114,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     run.progress.step(record)
     if skipped:
         run.progress.say(f"step {step}: loss or gradient was no number; {skipped} updates left out")
+    if partial := record.get("partial_updates"):
+        run.progress.say(f"step {step}: {partial:.0f} of them in part: weights had moved when a gradient was no number")
     _check_skipped(in_a_row, run.config.train, step)
 
 

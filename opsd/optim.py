@@ -21,8 +21,12 @@ class Optimizer:
     def __init__(self, model: LanguageModel, config: OptimConfig, steps: int, world: World | None = None):
         self.config, self.steps, self.world = config, steps, world or World()
         self.parameters = model.trainable()
-        self.adamw = _adamw(model, self.parameters, config)
+        self.adamw = adamw_of(model, self.parameters, config)
         self.skipped = Skipped()
+
+    def backward(self, loss: Tensor, step: int, alone: bool) -> None:
+        """The gradients of a pass, added to those there are. alone: it is the only pass of its update."""
+        loss.backward()
 
     def step(self, step: int, loss: Tensor | float = 0.0) -> dict[str, Tensor | float]:
         """Add up the processes' gradients, clip, update, clear them. step counts from 0.
@@ -33,17 +37,28 @@ class Optimizer:
         self.world.add_gradients(self.parameters.values())
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        rate = self.config.lr * schedule(self.config, step, self.steps)
-        bad = 1.0 - torch.isfinite(norm + self.world.total(loss)).float()
+        rate, bad = self.rate(step), not_finite(norm + self.world.total(loss))
         self.adamw.step(rate, bad)
         self.clear()
         self.skipped.add(bad)
         return {"grad_norm": norm, "lr": rate}
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.config.lr * schedule(self.config, step, self.steps)
+
     def clear(self) -> None:
         """Throw the gradients away."""
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def restart(self) -> None:
+        """The update is begun again. Raises InputError where that would not give the same."""
+        self.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to log beside each update's own, since the last call."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments as `<parameter name>/<moment>`."""
@@ -53,10 +68,16 @@ class Optimizer:
         self.adamw.load_state(tensors)
 
 
-def _adamw(model: LanguageModel, parameters: dict[str, nn.Parameter], config: OptimConfig) -> AdamW:
+def adamw_of(model: LanguageModel, parameters: dict[str, nn.Parameter], config: OptimConfig) -> AdamW:
+    """The rule of `optim.kind` for some of the model's parameters."""
     if config.kind == "adamw":
         return ExactAdamW(parameters, config)
     return LowBitAdamW(parameters, embedding_names(model.module, parameters), config)
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """() 1.0 where x, a number, is not finite, else 0.0."""
+    return 1.0 - torch.isfinite(x).float()
 
 
 class Skipped:

@@ -20,7 +20,7 @@ from opsd.world import World
 # What a resumed run may change: none of it moves a metric that is compared.
 _FREE_TO_CHANGE = (
     *("log.", "checkpoint.", "train.threads", "train.parallel", "train.run_dir"),
-    *("engine.teacher_cache_", "media.workers", "model.activation_checkpointing"),
+    *("engine.teacher_cache_", "media.workers", "model.activation_checkpointing", "optim.in_backward"),
 )
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
 from opsd.fit import Budget
 from opsd.heap import keep_freed_memory
+from opsd.in_backward import InBackward
 from opsd.loading import load_model
 from opsd.log import Clock, RunDir
 from opsd.model import LanguageModel
@@ -144,6 +145,9 @@ def _check_world(config: Config, world: World) -> None:
     if world.size > 1 and config.model.device not in ("auto", "cpu"):
         expected = f"auto or cpu with {world.size} processes, each of which has a device"
         raise InputError(expected, config.model.device, field="model.device")
+    if world.size > 1 and config.optim.in_backward:
+        expected = f"false with {world.size} processes, whose gradients are added up when all are whole"
+        raise InputError(expected, "true", field="optim.in_backward")
 
 
 def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run:
@@ -179,7 +183,8 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
     with model.gathered():
         _try_loss(model, config)
     teacher = build_teacher(config.teacher, model) if config.objective.kind == "distill" else LiveTeacher()
-    optimizer = Optimizer(model, config.optim, config.train.steps, world)
+    kind = InBackward if config.optim.in_backward else Optimizer
+    optimizer = kind(model, config.optim, config.train.steps, world)
     if last is not None:
         checkpoint.restore(last, optimizer, teacher)
     start = last.step if last is not None else 0

@@ -65,22 +65,22 @@ def teach(run: Run, group: Group) -> tuple[Tensor, Head | None] | None:
     return score(run.teacher, run.model, group.views, group.responses, share, run.teacher_cache, again)
 
 
-def fitted(run: Run, group: Group, gradients: Callable[[Run, Group], Sums]) -> Sums:
+def fitted(run: Run, group: Group, step: int, gradients: Callable[[Run, Group, int], Sums]) -> Sums:
     """The gradients of an update, in smaller passes where memory runs out.
 
     Not of a divided model: the others would wait in the middle of a pass for one that begins again.
     """
     if run.model.shards is not None:
-        return gradients(run, group)
+        return gradients(run, group, step)
 
     def largest() -> int:
         return max(part.tokens for part in split(group, run.budget.tokens))
 
     def again() -> None:
-        run.optimizer.clear()
+        run.optimizer.restart()
         run.progress.say(f"out of memory: passes take at most {run.budget.tokens} tokens from here on")
 
-    return within_memory(lambda: gradients(run, group), run.budget, largest, again, run.model.device)
+    return within_memory(lambda: gradients(run, group, step), run.budget, largest, again, run.model.device)
 
 
 def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sums: Sums, train: bool = True) -> Tensor:

@@ -46,7 +46,7 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
                 group = sample(run, run.rows(step), step)
             stop_if_asked(run, step)
             for _ in range(config.objective.updates_per_rollout):
-                sums = fitted(run, group, gradients)  # the last update's are logged
+                sums = fitted(run, group, step, gradients)  # the last update's are logged
                 with run.clock.phase("student"):
                     sums.add(**run.optimizer.step(step, sums.loss))
                     run.teacher.update()
@@ -59,15 +59,15 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
     return run
 
 
-def gradients(run: Run, group: Group) -> Sums:
+def gradients(run: Run, group: Group, step: int) -> Sums:
     """Those of one update, pass by pass."""
-    sums = Sums()
-    for part in passes(run, group):
+    sums, parts = Sums(), passes(run, group)
+    for part in parts:
         with run.clock.phase("teacher"):
             target = teach(run, part)
         with run.clock.phase("student"), run.model.mode(train=True):  # layers are computed again with their dropout
             loss = learn(run, part, target, sums)
-            loss.backward()
+            run.optimizer.backward(loss, step, alone=len(parts) == 1)
     return sums
 
 

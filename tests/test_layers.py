@@ -23,7 +23,7 @@ RANKS = [
     "liger",
     "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
     "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives adamw adamw_low_bit "
-    "optim log progress trackers",
+    "optim in_backward log progress trackers",
     "checkpoint shelf resume group plan run saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize export train ablation ablate",

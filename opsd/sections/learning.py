@@ -70,6 +70,10 @@ class OptimConfig(Section):
     eps: Float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     weight_decay: Float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: Float | None = Field(default=1.0, gt=0, description="Clip the gradient's norm; null does not clip.")
+    in_backward: bool = Field(
+        default=False,
+        description="Update a weight and free its gradient as soon as that is whole; a clip takes a second backward.",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,15 +64,21 @@ class PrefixKey:
 
 @dataclass(frozen=True)
 class Stored:
-    """A computed prefix. It is shared by whoever finds it: attend to it, never write into it."""
+    """A computed prefix. It is shared by whoever finds it: attend to it, never write into it.
+
+    In a store that keeps codes (opsd.prefix_codes) keys and values are these, and have scales.
+    """
 
     keys: list[Tensor]  # L of (H, P, d); a windowed layer may hold fewer positions
     values: list[Tensor]  # L of (H, P, d)
     next_position: float  # of the first response token; a fraction after a video in Qwen3-Omni
     last_hidden: Tensor  # (D,) predicts the first response token
+    scales: list[Tensor] = field(default_factory=list)  # of codes: L of the keys, L of the values, fp32
+    error: Tensor | None = None  # (2,) fp32, of coded keys and values
 
     def tensors(self) -> list[Tensor]:
-        return [*self.keys, *self.values, self.last_hidden]
+        coding = [] if self.error is None else [*self.scales, self.error]
+        return [*self.keys, *self.values, self.last_hidden, *coding]
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +86,15 @@ class Stored:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Stored:
         """The same prefix held by other tensors, in the order of `tensors`."""
-        layers = len(self.keys)
-        return Stored(list(tensors[:layers]), list(tensors[layers:-1]), self.next_position, tensors[-1])
+        layers, coding = len(self.keys), list(tensors[2 * len(self.keys) + 1 :])
+        return replace(
+            self,
+            keys=list(tensors[:layers]),
+            values=list(tensors[layers : 2 * layers]),
+            last_hidden=tensors[2 * layers],
+            scales=coding[:-1],
+            error=coding[-1] if coding else None,
+        )
 
     def to(self, device: torch.device) -> Stored:
         """On `device`, in the order of its current stream; itself where it is there already."""

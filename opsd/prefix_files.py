@@ -133,6 +133,8 @@ class PrefixFiles:
 def _file(key: PrefixKey, stored: Stored) -> TensorFile:
     tensors = {f"keys.{layer}": tensor for layer, tensor in enumerate(stored.keys)}
     tensors |= {f"values.{layer}": tensor for layer, tensor in enumerate(stored.values)}
+    tensors |= {f"scales.{place}": tensor for place, tensor in enumerate(stored.scales)}
+    tensors |= {"error": stored.error} if stored.error is not None else {}
     tensors["last_hidden"] = stored.last_hidden
     tensors["token_ids"] = torch.frombuffer(bytearray(key.tokens), dtype=torch.int64)
     words = {"of": _of(key), "layers": str(len(stored.keys)), "next_position": str(stored.next_position)}
@@ -143,7 +145,8 @@ def _stored(tensors: dict[str, Tensor], words: dict[str, str]) -> Stored:
     layers = range(int(words["layers"]))
     keys = [tensors[f"keys.{layer}"] for layer in layers]
     values = [tensors[f"values.{layer}"] for layer in layers]
-    return Stored(keys, values, float(words["next_position"]), tensors["last_hidden"])
+    scales = [tensors[f"scales.{place}"] for place in range(2 * len(keys))] if "error" in tensors else []
+    return Stored(keys, values, float(words["next_position"]), tensors["last_hidden"], scales, tensors.get("error"))
 
 
 def _is_of(key: PrefixKey, tensors: dict[str, Tensor], words: dict[str, str]) -> bool:

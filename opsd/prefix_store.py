@@ -8,6 +8,9 @@ A tier keeps what was used last, within its budget in bytes; what has to go from
 the host to the disk, if its version lasts. A hit moves a prefix up again. A prefix bigger than a tier's budget passes
 it by. On a CPU device and host are the same memory: one tier.
 
+With `engine.prefix_dtype` int8 or fp8 the tiers hold codes, and a prefix is what they stand for from the first time on:
+`put` gives what `get` will give.
+
 Whole prefixes only: a teacher's prompts differ from the first clip on, so there is no common part worth finding.
 """
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from opsd.byte_lru import ByteLru, own
+from opsd.prefix_codes import decode, encode
 from opsd.prefix_entry import PrefixKey, Stored, Version
 from opsd.prefix_files import PrefixFiles
 from opsd.sections import EngineConfig
@@ -40,8 +44,11 @@ class MemoryTier:
 class PrefixStore:
     """Tiers of memory, the fastest first, and files. Not for several threads at once."""
 
-    def __init__(self, device: torch.device, memory: list[MemoryTier], files: PrefixFiles | None = None):
-        self.device, self.memory, self.files = device, memory, files
+    def __init__(
+        self, device: torch.device, memory: list[MemoryTier], files: PrefixFiles | None = None, dtype: str = "exact"
+    ):
+        self.device, self.memory, self.files, self.dtype = device, memory, files, dtype
+        self._error: Tensor | None = None  # (2,) the largest of codes that were used
         self._disk_hits = self._misses = self._saved_tokens = 0
 
     def get(self, key: PrefixKey) -> Stored | None:
@@ -51,14 +58,17 @@ class PrefixStore:
             self._misses += 1
         else:
             self._saved_tokens += key.length
-        return stored
+        return None if stored is None else self._as_found(stored)
 
-    def put(self, key: PrefixKey, stored: Stored) -> None:
-        """Keep a prefix that was computed just now. Its tensors are the store's from here on: copies where they are
-        slices of larger ones."""
+    def put(self, key: PrefixKey, stored: Stored) -> Stored:
+        """Keep a prefix that was computed just now, and give it as it will be found. Its tensors are the store's from
+        here on: copies where they are slices of larger ones."""
         for tier in self.memory:
             tier.kept.pop(key)
+        if self.dtype != "exact":
+            stored = encode(stored, self.dtype)
         self._keep(key, stored.with_tensors([own(tensor) for tensor in stored.tensors()]))
+        return self._as_found(stored)
 
     def drop_other_versions(self, version: Version) -> None:
         """Forget, at once, what other weights computed. Files stay: they hold frozen models, which other runs use."""
@@ -85,6 +95,16 @@ class PrefixStore:
             for name in ("evictions", "bytes", "damaged", "abandoned", "failures"):
                 counts[f"disk_{name}"] = getattr(self.files, name)
         return counts
+
+    def errors(self) -> dict[str, float]:
+        """The largest relative errors of keys and of values among the codes that were used; waits for the device."""
+        return {} if self._error is None else dict(zip(("key_error", "value_error"), self._error.tolist(), strict=True))
+
+    def _as_found(self, stored: Stored) -> Stored:
+        if stored.error is None:
+            return stored
+        self._error = stored.error if self._error is None else torch.maximum(self._error, stored.error)
+        return decode(stored)
 
     def _from_memory(self, key: PrefixKey) -> Stored | None:
         for level, tier in enumerate(self.memory):
@@ -138,7 +158,7 @@ def open_store(config: EngineConfig, device: torch.device) -> PrefixStore | None
     files = None
     if config.teacher_cache == "disk":
         files = PrefixFiles(config.teacher_cache_dir, config.teacher_cache_disk_mib * 2**20)
-    return PrefixStore(device, memory, files)
+    return PrefixStore(device, memory, files, config.prefix_dtype)
 
 
 def _nbytes(stored: Stored) -> int:

@@ -17,7 +17,7 @@ from opsd.responses import Responses
 
 
 class TeacherCache:
-    """A PrefixStore under the versions of one teacher.
+    """A PrefixStore under the versions of one teacher, which say how prefixes are kept too: codes are never exact ones.
 
     A frozen teacher's prompts are found again in every epoch, and with files in every later run. Each is computed in a
     pass of its own, so that what is kept, and what a pass computes from it, is the same to the bit whether it was found
@@ -50,8 +50,7 @@ class TeacherCache:
             for i, one in enumerate(known):
                 if one is None:
                     (computed,) = prefill(model, prompts[i : i + 1])
-                    self.store.put(keys[i], computed)
-                    known[i] = computed
+                    known[i] = self.store.put(keys[i], computed)
         fresh = [i for i, one in enumerate(known) if one is None]
         hidden, kept = forward(model, prompts, responses, known, keep=any(again[i] for i in fresh))
         for i, stored in zip(fresh, kept, strict=False):  # nothing was kept where nobody asks again
@@ -65,13 +64,15 @@ class TeacherCache:
         hits = sum(value for name, value in counts.items() if name.endswith("_hits"))
         asked = hits + counts["misses"]
         record = {f"teacher_cache_{name}": float(value) for name, value in counts.items()}
+        record |= {f"teacher_cache_{name}": value for name, value in self.store.errors().items()}
         return record | {"teacher_cache_hit_rate": hits / asked if asked else 0.0}
 
     def _current(self, model: LanguageModel, updates: int | None) -> Version:
         version = self._frozen if updates is None else Version("moving", updates)
         if version is None:  # only files outlive the process, so only they need to know whose weights these are
             name = model_identity(model.module, model.compute) if self.store.files is not None else "frozen"
-            version = self._frozen = Version(name)
+            kept = "" if self.store.dtype == "exact" else f", kept as {self.store.dtype}"
+            version = self._frozen = Version(name + kept)
         if version != self._version:
             self.store.drop_other_versions(version)
             self._version = version

@@ -27,6 +27,8 @@ _CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 

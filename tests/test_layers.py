@@ -18,7 +18,7 @@ RANKS = [
     "pace chat world sharding heap",
     "fit",
     "sections config_problems config bnb cli leaks video processing packing responses positions",
-    "prefix_entry tensor_file prefix_files prefix_store feature_cache",
+    "prefix_entry prefix_codes tensor_file prefix_files prefix_store feature_cache",
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
     "liger",
     "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",

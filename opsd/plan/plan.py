@@ -90,8 +90,10 @@ def _resting(config: Config, model: LanguageModel, work: Workload, cuda: bool) -
     decoder = model.module.get_decoder().config
     item = 2 if model.mixed else model.head.weight.element_size()
     width = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    per_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * width * item
     engine, longest, resting = config.engine, work.longest, Counter[str]()
+    heads = decoder.num_hidden_layers * decoder.num_key_value_heads
+    coded = engine.prefix_dtype != "exact"
+    per_token = heads * (2 * width + 4 if coded else 2 * width * item)  # codes, and a scale for a token's values
     if work.views is not None and config.teacher.kind == "frozen" and engine.teacher_cache != "none":
         mib = engine.teacher_cache_device_mib if cuda else engine.teacher_cache_host_mib
         resting[PREFIXES] = min(mib * 2**20, longest.rows * per_token * longest.teacher)

@@ -52,7 +52,8 @@ class Rehearsal:
         self.ledger.name(self.moments.resident, MOMENTS)
         for p in model.trainable().values():
             p.register_post_accumulate_grad_hook(lambda p: self.ledger.name([p.grad], GRADIENTS))
-        self.cache = TeacherCache(PrefixStore(model.device, [self._tier()])) if self._keeps_prefixes() else None
+        store = PrefixStore(model.device, [self._tier()], dtype=config.engine.prefix_dtype)
+        self.cache = TeacherCache(store) if self._keeps_prefixes() else None
 
     def fixed(self) -> Phases:
         """The phases that no token budget changes."""

@@ -43,11 +43,20 @@ class Config(Section):
             raise refuse(
                 "rollout.server", "null unless model.adapter is lora, which is what is sent", self.rollout.server
             )
+        if self.engine.prefix_dtype != "exact":
+            self._can_approximate()
         if self.optim.kind != "adamw" and self.train.parallel == "fsdp":
             raise refuse("optim.kind", "adamw for train.parallel fsdp, which divides its moments", self.optim.kind)
         if self.checkpoint.best != "none":
             self._can_choose()
         return self
+
+    def _can_approximate(self) -> None:
+        """Raise for an `engine.prefix_dtype` of prompts that are not kept: a moving teacher's live for one step."""
+        if self.teacher.kind != "frozen":
+            raise refuse("engine.prefix_dtype", "exact unless teacher.kind is frozen", self.engine.prefix_dtype)
+        if self.engine.teacher_cache == "none" or not self.engine.share_prefix:
+            raise refuse("engine.prefix_dtype", "exact without engine.teacher_cache", self.engine.prefix_dtype)
 
     def _can_choose(self) -> None:
         """Raise for a `checkpoint.best` that nothing is measured for."""

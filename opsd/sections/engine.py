@@ -30,6 +30,10 @@ class EngineConfig(Section):
     teacher_cache_dir: Local = Field(
         default=Path("runs/cache/teacher"), description="Their folder on disk, which runs may share."
     )
+    prefix_dtype: Literal["exact", "int8", "fp8"] = Field(
+        default="exact",
+        description="Keys and values of a frozen teacher's kept prompts: exact, or approximated in one byte each.",
+    )
     feature_cache_mib: int = Field(
         default=512, ge=0, description="Device memory for what frozen towers gave for media (MiB); 0 keeps none."
     )

@@ -103,7 +103,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in row.items()))
     if args.out is not None:
-        about = {"model": Path(config.model.path).name, "rows": args.rows}
+        about = {"config": str(args.config), "rows": args.rows}
         args.out.write_text(json.dumps({**environment(), **about, "found": rows}, indent=1) + "\n", encoding="utf-8")
 
 

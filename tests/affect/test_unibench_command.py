@@ -337,6 +337,9 @@ def test_work_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     journal.write_text(journal.read_text() + '{"clip": "e", "te')  # killed in the middle of a line
     assert work_through(path, "model 1", todo, work) == dict.fromkeys("abcdef", "X")
     assert asked[4:] == [["e", "f"]] and not journal.exists()
+    lines = ('{"what": "model 1"}', '{"clip": "a", "text": "one\u2028two\x85three"}', "")
+    journal.write_text("\n".join(lines), encoding="utf-8")
+    assert work_through(path, "model 1", {"a": "x"}, work) == {"a": "one\u2028two\x85three"}, "ends of lines in Unicode"
     journal.write_text('{"what": "model 2"}\n{"clip": "a", "text": "other"}\n')
     assert work_through(path, "model 1", {"a": "x"}, work) == {"a": "X"}, "other work is started over"
 

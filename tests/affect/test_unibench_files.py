@@ -103,6 +103,40 @@ def test_missing_and_damaged_label_files(data):
         read_truth(DATASETS["ovmerdplus"], data)
 
 
+def damaged(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_anywhere_is_told_or_changes_nothing(tmp_path, save):
+    path, text = tmp_path / "c.npz", "looks happy, and sounds it " * 30
+    save(path, name2reason=np.array({"a": text}, dtype=object))
+    content = path.read_bytes()
+    told = 0
+    for at in range(0, len(content), 7):
+        path.write_bytes(damaged(content, at))
+        try:
+            assert read_npz(path, "name2reason") == [{"a": text}]
+        except InputError as error:
+            assert str(path) in str(error)
+            told += 1
+    assert told > len(content) / 20
+
+
+def test_a_damaged_workbook_is_told(tmp_path):
+    path = write_xlsx(tmp_path / "wheel1.xlsx", [("level1", "level2", "level3"), *[("a", "b", "c")] * 9])
+    content = path.read_bytes()
+    told = 0
+    for at in range(0, len(content), 5):
+        path.write_bytes(damaged(content, at))
+        try:
+            read_table(path, ("level1",))
+        except InputError as error:
+            assert str(path) in str(error)
+            told += 1
+    assert told > len(content) / 20
+
+
 class Runs:
     """What a pickle must not be able to do."""
 
@@ -175,6 +209,13 @@ def test_responses_and_labels_come_back(tmp_path):
     assert made_by(place.sentiment) == OFFICIAL
     with pytest.raises(InputError, match="field 'filenames': expected all 2 test clips; found 1 missing, such as 'b'"):
         read_items(place.sentiment, ["a", "b"])
+
+
+@pytest.mark.parametrize("items", [np.array({"a": "happy"}, dtype=object), np.array("happy"), np.array(3)])
+def test_items_that_are_no_list(tmp_path, items):
+    path = write_predictions(tmp_path, "meld", "c-openset", filenames=["a"], fileitems=items)
+    with pytest.raises(InputError, match="field 'fileitems': expected one entry per clip"):
+        read_items(path, ["a"])
 
 
 def test_items_that_do_not_pair_up(tmp_path):

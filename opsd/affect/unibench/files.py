@@ -84,6 +84,9 @@ def read_responses(path: Path, clips: Iterable[str]) -> dict[str, str]:
 def read_items(path: Path, clips: Iterable[str]) -> dict[str, Any]:
     """Clip -> what was extracted, for every clip."""
     names, items = read_npz(path, "filenames", "fileitems")
+    for array, found in (("filenames", names), ("fileitems", items)):
+        if not isinstance(found, list):
+            raise InputError("one entry per clip", type(found).__name__, file=path, field=array)
     if len(names) != len(items):
         raise InputError(f"{len(names)} items, one per clip", f"{len(items)}", file=path, field="fileitems")
     return _select(path, "filenames", dict(zip(map(str, names), items, strict=True)), clips)

@@ -49,8 +49,9 @@ def _line(name: str, text: str) -> str:
 def _read(journal: Path, what: str) -> dict[str, str]:
     if not journal.is_file():
         return {}
-    first, *lines = journal.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) or [""]
-    if first != json.dumps({"what": what}) + "\n":
+    # not splitlines: responses may hold characters that also end a line in Unicode; what follows the last "\n" is cut
+    first, *lines = journal.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+    if first != json.dumps({"what": what}):
         return {}
-    entries = [json.loads(line) for line in lines if line.endswith("}\n")]
+    entries = [json.loads(line) for line in lines]
     return {entry["clip"]: entry["text"] for entry in entries}

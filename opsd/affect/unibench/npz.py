@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import codecs
+import io
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.lib import format as npy
 
+from opsd.affect.unibench.archive import DAMAGE
 from opsd.errors import InputError
 
 # The functions that pickles of numpy values call, by the names they had before and have since numpy 2.
@@ -29,6 +31,11 @@ _ALLOWED: Final[dict[str, Any]] = {
     "collections.OrderedDict": dict,
     **{f"numpy.{core}.{name}": made for core in ("core", "_core") for name, made in _NUMPY.items()},
 }
+# What reading an array raises when its bytes are none; a length that makes no sense asks for too much memory.
+_NO_VALUES: Final = (
+    *(pickle.UnpicklingError, ValueError, EOFError, AttributeError, TypeError, LookupError, OverflowError, MemoryError),
+    *(SyntaxError, RecursionError),
+)
 
 
 class _Limited(pickle.Unpickler):
@@ -54,7 +61,7 @@ def read_npz(path: Path, *arrays: str) -> list[Any]:
                 if array not in names:
                     raise InputError(f"the array {array!r}", ", ".join(sorted(names)), file=path, field=array)
             return [_read(archive, path, array) for array in arrays]
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise InputError("an .npz archive", str(error), file=path) from error
 
 
@@ -63,19 +70,19 @@ def has_array(path: Path, array: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return f"{array}.npy" in archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise InputError("an .npz archive", str(error), file=path) from error
 
 
 def _read(archive: zipfile.ZipFile, path: Path, array: str) -> Any:
+    content = archive.read(f"{array}.npy")  # whole, because only then its checksum is looked at
     try:
-        with archive.open(f"{array}.npy") as file:
-            return _parse(file)  # type: ignore[arg-type]
-    except (pickle.UnpicklingError, ValueError, EOFError, AttributeError, TypeError, IndexError) as error:
+        return _parse(io.BytesIO(content))
+    except _NO_VALUES as error:
         raise InputError("an array of plain values", str(error), file=path, field=array) from error
 
 
-def _parse(file: BinaryIO) -> Any:
+def _parse(file: io.BytesIO) -> Any:
     version = npy.read_magic(file)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, order, dtype = read_header(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
+from opsd.affect.unibench.archive import DAMAGE
 from opsd.errors import InputError
 
 _MAIN: Final = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
@@ -88,7 +89,7 @@ def _xlsx(path: Path) -> list[tuple[int, list[str]]]:
                 (int(row.get("r", at)), _cells(row, shared))
                 for at, row in enumerate(sheet.iter(f"{_MAIN}row"), start=1)
             ]
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError) as error:
+    except (*DAMAGE, KeyError, IndexError, ValueError, StopIteration, ElementTree.ParseError) as error:
         raise InputError("an .xlsx workbook", f"{type(error).__name__}: {error}", file=path) from error
 
 

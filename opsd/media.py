@@ -85,7 +85,7 @@ def load_video(path: Path, frames: int) -> Video:
                 raise MediumError("a file with moving pictures", "no video stream", file=path)
             stream = container.streams.video[0]
             start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
-            claimed = _claimed(stream)
+            claimed = _claimed(stream, start)
             whole = container.duration / av.time_base if container.duration else None  # the sound may be longer
             length = claimed or whole or _end(path) - start
             # a microsecond late: a frame that is due at that very moment is there
@@ -102,12 +102,13 @@ def load_video(path: Path, frames: int) -> Video:
         raise MediumError("a video that can be decoded", _reason(error), file=path) from error
 
 
-def _claimed(stream: Any) -> float | None:
-    """How long the stream is according to its own header (seconds): Matroska has a tag for it."""
+def _claimed(stream: Any, start: float) -> float | None:
+    """How long the stream is according to its own header (seconds): Matroska has a tag for it, which counts from 0."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     told = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    return int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3]) if told else None
+    length = int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3]) - start if told else 0.0
+    return length if length > 0 else None
 
 
 def _timed(container: Any, stream: Any) -> Iterator[tuple[float, float, Any]]:

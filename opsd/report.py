@@ -109,16 +109,18 @@ def run(args: argparse.Namespace) -> None:
     evaluations = directory.read("evaluations")
     replayed, about = [], ""
     if args.clips:
-        from opsd.page.replay import replay
+        from opsd.page.replay import decodes, replay
 
         last = Shelf(directory.checkpoints).newest()
         if last is None:
             raise InputError(
                 "a checkpoint to answer with", "none", file=directory.checkpoints, hint="--clips 0 shows the curves"
             )
-        split, rows = _rows(config, args.split, args.clips, args.seed)
+        split, drawn = _rows(config, args.split, args.clips, args.seed)
+        rows = [row for row in drawn if decodes(row, config)]
         replayed = replay(config, last, rows)
         about = f"{len(rows)} clips drawn from the {split} split, answered greedily after {last.step} steps and before."
+        about += f" {left} more do not decode." if (left := len(drawn) - len(rows)) else ""
     from opsd.page.render import render
 
     page = render(directory, config, rows_of_table(evaluations) if evaluations else [], replayed, about)

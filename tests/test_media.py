@@ -107,6 +107,12 @@ def test_containers_and_codecs(tmp_path: Path, name: str, codec: str) -> None:
     np.testing.assert_allclose(levels, frames[[2, 7, 12, 17]].mean(axis=(1, 2, 3)), atol=6)
 
 
+def test_a_video_that_begins_late_has_its_own_length(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "late.mkv", pictures(4), times=[50, 51, 52, 53])  # ten a second
+    video = load_video(path, 2)
+    assert video.length == pytest.approx(0.4) and video.seconds == pytest.approx((0.1, 0.3))
+
+
 def test_videos_are_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.avi", pictures(2))
     lying = load_video(path, 1).frames[0]

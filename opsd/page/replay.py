@@ -16,7 +16,9 @@ from opsd.answers import load_student
 from opsd.checkpoint import Checkpoint, restore_teacher
 from opsd.config import Config
 from opsd.data import Example
+from opsd.decoder import Decoder
 from opsd.engine import response_hidden
+from opsd.errors import MediumError
 from opsd.logits import logits_of
 from opsd.model import LanguageModel
 from opsd.objectives.distill import token_divergence
@@ -91,6 +93,19 @@ def replay(config: Config, last: Checkpoint, rows: list[Example]) -> list[Replay
             before = _answers(model, LiveTeacher(), config, rows)
     after = _answers(model, _teacher(config, last, model), config, rows)
     return [Replayed(*of_row) for of_row in zip(rows, before, after, strict=True)]
+
+
+def decodes(row: Example, config: Config) -> bool:
+    """Whether the row's files decode. Raises `InputError` where they do not and the run did not skip such rows."""
+    decode = Decoder(config.media)
+    try:
+        for _, kind, path in row.media():
+            decode(kind, path)
+    except MediumError as error:
+        if config.data.on_error != "skip":
+            raise row.problem("prompt", error.expected, f"{error.found} in {error.file}") from error
+        return False
+    return True
 
 
 def _teacher(config: Config, last: Checkpoint, model: LanguageModel) -> Teacher:

@@ -74,6 +74,9 @@ def test_mintrec2(tmp_path):
         ("train_dia0_utt2", "train", "Agree", "Fine"),
     ]
     assert clips[2].context == ("Ross: I am so sorry.", "Rachel: Hm") and clips[0].video.is_file()
+    write_csv(tmp_path / "in-scope" / "train.tsv", header, '0\t0\t"No way\tDoubt\ta\tb\tf\tRoss', *rows[1:])
+    said = [clip.subtitle for clip in clips_of("mintrec2", tmp_path) if clip.split == "train"]
+    assert said == ['"No way', "Hm"], "a quotation mark that is not closed swallows nothing"
     write_csv(tmp_path / "in-scope" / "dev.tsv", header, "0\t0\tx\tShout\ta\tb\tc\td")
     with pytest.raises(InputError, match=r"dev\.tsv:2: field 'Label': expected one of the 30 intents, or UNK; found"):
         clips_of("mintrec2", tmp_path)
@@ -149,8 +152,12 @@ def test_sentiment_tables(tmp_path, name, table):
         ("w_1", "test", "neutral", "So"),
     ]
     assert [c.video.is_file() for c in clips] == [True, True, False], "padded to four digits or not"
-    write_csv(tmp_path / table, header, "v,1,Good,great,,,,Positive,train")
-    with pytest.raises(InputError, match=rf"{table}:2: field 'label': expected a number; found 'great'"):
+    for label in ("nan", "inf", "great"):
+        write_csv(tmp_path / table, "video_id,clip_id,text,label,mode", f"v,1,x,{label},train")
+        with pytest.raises(InputError, match=rf"{table}:2: field 'label': expected a number; found '{label}'"):
+            clips_of(name, tmp_path)
+    write_csv(tmp_path / table, "video_id,clip_id,text,label,mode", "v,1,well, yes,1,train")
+    with pytest.raises(InputError, match=rf"{table}:2: expected 5 cells, as the header has; found 6"):
         clips_of(name, tmp_path)
 
 

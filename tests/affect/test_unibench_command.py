@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 from opsd import evaluate
+from opsd.affect.clips import TRAIN, write_split
+from opsd.affect.embedded import vocabulary
+from opsd.affect.tiny import TinySize, build
 from opsd.affect.unibench import infer
 from opsd.affect.unibench.datasets import DATASETS
 from opsd.affect.unibench.extract import Lexicon
@@ -20,6 +24,7 @@ from opsd.affect.unibench.published import PUBLISHED
 from opsd.affect.unibench.second_model import local
 from opsd.affect.unibench.truth import read_truth
 from opsd.affect.unibench.wheels import load_wheels
+from opsd.config import load_config
 from opsd.errors import InputError
 from opsd.train import train
 from tests.affect.wheel_files import write_corpus, write_csv, write_data, write_predictions, write_wheels
@@ -314,8 +319,32 @@ def test_a_trained_run_answers(folder, capsys):
     assert evaluate.main([*command, "--question", "How?"]) == 2, "responses to another question are not taken"
     said = capsys.readouterr().err
     assert "step-000001.npz: expected responses to 'text: How?'; found 'text: Please recognize all" in said
+    train(text_job(folder / "job", "train.steps=1", "train.seed=7", f"train.run_dir={folder / 'job/other'}"))
+    assert evaluate.main([*command, "--model", str(folder / "job/other"), "--out", str(out)]) == 2
+    assert "step-000001.npz: expected responses of" in capsys.readouterr().err, "same name, other weights"
     assert evaluate.main([*command, "--media", "text,smell"]) == 2
     assert "expected some of video, audio, text" in capsys.readouterr().err
+
+
+def test_a_clip_that_does_not_decode_ends_the_work_or_has_no_answer(folder, capsys, caplog):
+    write_split(folder / "job", TRAIN, 0, 3)
+    build(folder / "job/model", vocabulary(), TinySize(width=32, inner=64, layers=1, heads=2), seed=0)
+    home = folder / "data/sims-process/video"
+    home.mkdir(parents=True)
+    for name in ("v1", "v2", "v3"):
+        shutil.copy(next((folder / "job/clips").glob("*.avi")), home / f"{name}.avi")
+    (home / "v2.avi").write_bytes(b"no video")
+    for on_error in ("fail", "skip"):
+        job = [f"model.path={folder / 'job/model'}", f"data.train={folder / 'job/train.jsonl'}", "train.steps=1"]
+        job += ["train.prompts_per_step=1", "media.frames=1", "rollout.max_new_tokens=3", "log.progress=none"]
+        job += [f"train.run_dir={folder / on_error}", f"data.on_error={on_error}"]
+        train(load_config(None, job))
+        command = words(folder, "--model", folder / on_error, "--datasets", "sims", "--media", "video")
+        assert evaluate.main(command) == (2 if on_error == "fail" else 0)
+    assert "sims.jsonl:2: field 'prompt[0].content[0].video'" in capsys.readouterr().err
+    said = np.load(folder / "skip/mer-unibench/results-sims/step-000001.npz", allow_pickle=True)["name2reason"].tolist()
+    assert said["v2"] == "" and said["v1"] and said["v3"]
+    assert "no answer: " in caplog.text and "v2.avi" in caplog.text
 
 
 def test_work_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

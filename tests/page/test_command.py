@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 
 import pytest
@@ -78,6 +80,21 @@ def test_a_run_of_videos_and_voices(tmp_path):
     assert len(page.all("img")) == 3 * 4 and len(page.all("audio")) == 3  # four frames of each clip, and its voice
     assert all(token["teacher"] and token["d"] >= 0 for answer in page.data()["answers"] for token in answer)
     assert (tmp_path / "run" / "report.html").stat().st_size < 1e6
+
+
+def test_a_clip_that_does_not_decode_is_named_or_left_out(copied, capsys):
+    text = (copied / "config.yaml").read_text()
+    rows = [json.loads(line) for line in load_config(copied / "config.yaml").data.test.read_text().splitlines()]
+    rows[1]["prompt"] = [{"role": "user", "content": [{"type": "audio", "audio": "broken.wav"}]}]
+    (copied / "broken.wav").write_bytes(b"no sound")
+    (copied / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = re.sub(r"(?m)^  test: .*", f"  test: {copied / 'test.jsonl'}", text)
+    (copied / "config.yaml").write_text(text)
+    assert "test.jsonl:2: field 'prompt': expected sound that can be decoded" in refused(capsys, copied)
+    (copied / "config.yaml").write_text(re.sub(r"on_error: \w+", "on_error: skip", text))
+    page = page_of(copied)
+    assert ids(page) == [row["id"] for row in rows if row is not rows[1]]
+    assert "1 more do not decode" in "".join(e.text for e in page.all("p"))
 
 
 def test_curves_alone_load_no_model_and_need_no_checkpoint(copied, monkeypatch):

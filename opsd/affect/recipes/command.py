@@ -70,6 +70,13 @@ def _check(clips: Sequence[Clip], args: argparse.Namespace) -> None:
         seen.add(clip.id)
 
 
+def _turns(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m opsd.recipes",
@@ -82,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="rows (JSONL) to write")
     add("--split", default="train", choices=[*SPLITS, "all"], help="default train")
     add("--media", default=",".join(MEDIA), help="some of video,audio,text; text is the subtitle and the dialogue")
-    add("--context", type=int, default=0, help="turns of the dialogue before the clip; default none")
+    add("--context", type=_turns, default=0, help="turns of the dialogue before the clip; default none")
     add("--question", help="instead of the recipe's own; the labels are added")
     add("--fold", type=int, default=1, help="of MAFW, 1 to 5")
     add("--skip-missing", action="store_true", help="leave out clips whose files are not there")

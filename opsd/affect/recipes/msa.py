@@ -11,6 +11,7 @@ Uncertain: the CMU releases themselves have labels in .csd files, which are not 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -60,5 +61,7 @@ def _clip(root: Path, row: Row, split: str, words: str) -> Clip:
     try:
         valence = float(row["label"])
     except ValueError:
-        raise row.problem("label", "a number", repr(row["label"])) from None
+        valence = math.nan
+    if not math.isfinite(valence):
+        raise row.problem("label", "a number", repr(row["label"]))
     return Clip(f"{video}_{clip}", split, polarity(valence), path, None, words.strip())

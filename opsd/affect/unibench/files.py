@@ -4,8 +4,8 @@
     DIR/results-DATASET/[MODEL/]STEM-openset.npz                  filenames, fileitems: clip -> list of labels, as text
     DIR/results-DATASET/[MODEL/]STEM-openset-sentiment.npz        the same: clip -> positive, negative or neutral
 
-STEM is a checkpoint's name. Files that this program writes also have `task`, or `extractor` and `source`, which the
-official script ignores and which keep what was made in different ways, or of different responses, apart.
+STEM is a checkpoint's name. Files that this program writes also have `task` and `model`, or `extractor` and `source`,
+which the official script ignores and which keep apart what was made in different ways, or of different responses.
 """
 
 from __future__ import annotations
@@ -107,16 +107,16 @@ def made_by(path: Path) -> str:
     return str(read_npz(path, "extractor")[0]) if has_array(path, "extractor") else OFFICIAL
 
 
-def write_responses(path: Path, responses: Mapping[str, str], task: str = "") -> None:
-    """name2reason, as the official inference script stores it, and what the model was given and asked."""
+def write_responses(path: Path, responses: Mapping[str, str], task: str = "", model: str = "") -> None:
+    """name2reason, as the official inference script stores it, what the model was given and asked, and which it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        np.savez_compressed(path, name2reason=np.array(dict(responses), dtype=object), task=task)
+        np.savez_compressed(path, name2reason=np.array(dict(responses), dtype=object), task=task, model=model)
 
 
-def task_of(path: Path) -> str:
-    """The task of a file of responses that this program wrote; "" for others."""
-    return str(read_npz(path, "task")[0]) if has_array(path, "task") else ""
+def noted(path: Path, array: str) -> str:
+    """`task` or `model` of a file of responses that this program wrote; "" for others."""
+    return str(read_npz(path, array)[0]) if has_array(path, array) else ""
 
 
 def write_items(path: Path, items: Mapping[str, str], extractor: str, source: str) -> None:

@@ -6,25 +6,29 @@ The rows are written first, as OUT/rows/DATASET.jsonl, and read back like any ot
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from opsd.affect.unibench.datasets import Dataset
-from opsd.affect.unibench.files import Predictions, task_of, write_responses
+from opsd.affect.unibench.files import Predictions, noted, write_responses
 from opsd.affect.unibench.journal import work_through
 from opsd.affect.unibench.tables import read_table
 from opsd.answers import answer, finished_run, load_student
 from opsd.data import Example, read_examples
-from opsd.errors import InputError, writing
+from opsd.errors import InputError, MediumError, writing
+from opsd.manifest import identity
 from opsd.model import LanguageModel
-from opsd.prompts import PromptBuilder
+from opsd.prompts import Prompt, PromptBuilder
 
 QUESTION: Final = "Please recognize all possible emotional states of the character."
 REASONING: Final = "Please infer the person's emotional state and provide your reasoning process."
 MEDIA: Final = ("video", "audio", "text")
 _VIDEOS: Final = (".mp4", ".avi")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,29 +60,44 @@ class Student:
     def respond(self, dataset: Dataset, clips: Iterable[str], data: Path, out: Path) -> Predictions:
         """Responses to every clip, as OUT/results-DATASET/STEM.npz.
 
-        A file that is there is not made again; one that was made for another task is an `InputError`.
+        A file that is there is not made again; one of another task, or of another model, is an `InputError`.
         """
         place = Predictions(out / f"results-{dataset.name}", self.checkpoint.resolve().name)
-        path, task = place.responses, str(self.task)
+        path, task, model = place.responses, str(self.task), identity(self.checkpoint)
         if not path.is_file():
             rows = out / "rows" / f"{dataset.name}.jsonl"
             write_rows(rows, dataset, clips, data, self.task)
             todo = {example.id: example for example in read_examples(rows, self.config.data, held_out=True)}
             print(f"{dataset.title}: answering {len(todo)} clips", flush=True)
-            write_responses(path, work_through(path, task, todo, self._answers), task)
-        elif task_of(path) != task:
-            raise InputError(f"responses to {task!r}", repr(task_of(path)), file=path, hint="another --out keeps both")
+            write_responses(path, work_through(path, f"{task} {model}", todo, self._answers), task, model)
+        elif noted(path, "task") != task:
+            found = repr(noted(path, "task"))
+            raise InputError(f"responses to {task!r}", found, file=path, hint="another --out keeps both")
+        elif noted(path, "model") != model:
+            expected, hint = f"responses of {self.checkpoint}", "another --out keeps both"
+            raise InputError(expected, "those of another model", file=path, hint=hint)
         return place
 
     def _answers(self, examples: dict[str, Example]) -> dict[str, str]:
         self._model = self._model or load_student(self.config, self.checkpoint)
         prompts = PromptBuilder(self._model.processor, self.config.prompts, self.config.media)
         names, size = list(examples), self.config.evaluate.batch_size
-        texts: list[str] = []
+        texts: dict[str, str] = dict.fromkeys(names, "")
         for first in range(0, len(names), size):  # a prompt of a video is large: one batch at a time
-            built = [prompts.student(examples[name]) for name in names[first : first + size]]
-            texts += answer(self._model, built, size, self.config.rollout)
-        return dict(zip(names, texts, strict=True))
+            built = {name: self._prompt(prompts, examples[name]) for name in names[first : first + size]}
+            asked = {name: prompt for name, prompt in built.items() if prompt is not None}
+            texts |= dict(zip(asked, answer(self._model, asked.values(), size, self.config.rollout), strict=True))
+        return texts
+
+    def _prompt(self, prompts: PromptBuilder, example: Example) -> Prompt | None:
+        """None for a clip that does not decode, where the run skips such rows: it counts as one without an answer."""
+        try:
+            return prompts.student(example)
+        except MediumError as error:
+            if self.config.data.on_error != "skip":
+                raise
+            log.warning("no answer: %s", error)
+            return None
 
 
 def write_rows(path: Path, dataset: Dataset, clips: Iterable[str], data: Path, task: Task) -> None:

@@ -7,7 +7,7 @@ import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from xml.etree import ElementTree
 
 from opsd.affect.unibench.archive import DAMAGE
@@ -20,6 +20,7 @@ _EMPTY: Final = {
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"),
     *("NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
 }
+_TSV: Final[dict[str, Any]] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def read_table(path: Path, columns: tuple[str, ...], *, literal: bool = False) -
             raise InputError(f"the column {column!r}", f"columns {', '.join(header)}", file=path, line=1, field=column)
     rows = []
     for line, cells in lines[1:]:
+        if path.suffix != ".xlsx" and any(cell.strip() for cell in cells[len(header) :]):  # a stray comma moves columns
+            raise InputError(f"{len(header)} cells, as the header has", str(len(cells)), file=path, line=line)
         padded = [*cells, *[""] * (len(header) - len(cells))]
         named = {
             name: "" if cell in _EMPTY and not literal else cell for name, cell in zip(header, padded, strict=False)
@@ -73,7 +76,8 @@ def read_table(path: Path, columns: tuple[str, ...], *, literal: bool = False) -
 def _csv(path: Path) -> list[tuple[int, list[str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            # the one .tsv here, MIntRec 2.0's, is written and read without quoting: a quotation mark is a character
+            reader = csv.reader(file, **_TSV) if path.suffix == ".tsv" else csv.reader(file)
             return [(reader.line_num, cells) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError("a CSV file in UTF-8", str(error), file=path) from error

@@ -51,6 +51,8 @@ def summary(record: dict[str, Any]) -> str:
     speeds = [f"{phase} {record[key]:.0f}" for phase in PHASES if (key := f"{phase}_tokens_per_second") in record]
     if "saved_tokens" in record:
         parts.append(f"saved {record['saved_tokens']:.0%}")
+    if record.get("teacher_cache_hit_rate"):  # a teacher that moves has none
+        parts.append(f"cache hits {record['teacher_cache_hit_rate']:.0%}")
     return "  ".join(parts) + ("  tok/s " + " ".join(speeds) if speeds else "")
 
 

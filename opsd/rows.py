@@ -2,7 +2,7 @@
 
 A row has `id`, `prompt` (text, or chat messages whose content is text or parts), `rationale` (also called
 `privileged_context`), and optionally `label`, `answer`, `subtitle`, `teacher_media` (parts that only the teacher
-sees or hears). A part is
+sees or hears) or, of images alone, their paths as `teacher_images`. A part is
 `{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "video", "video": PATH}` (its frames)
 or `{"type": "audio", "audio": PATH}`, which may be the same video file: its sound. Relative paths are relative to the
 folder of the JSONL file.
@@ -19,7 +19,10 @@ from typing import Any
 from opsd.config import DataConfig, at_home
 from opsd.errors import InputError, did_you_mean
 
-FIELDS = ("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_media")
+FIELDS = (
+    *("id", "prompt", "rationale", "privileged_context", "label", "answer", "subtitle", "teacher_media"),
+    "teacher_images",
+)
 MEDIA_TYPES = ("image", "video", "audio")
 PART_TYPES = ("text", *MEDIA_TYPES)
 ROLES = ("system", "user", "assistant")
@@ -155,13 +158,19 @@ class RowParser:
         return label
 
     def _teacher_media(self, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-        value = row.get("teacher_media")
-        if value is None:
+        """The parts of `teacher_media`, or those that the paths of `teacher_images` stand for."""
+        names = [name for name in ("teacher_media", "teacher_images") if row.get(name) is not None]
+        if len(names) == 2:
+            self.refuse("teacher_images", "one of teacher_media, teacher_images", "both")
+        if not names:
             return ()
+        name, value = names[0], row[names[0]]
         if not isinstance(value, list):
-            self.refuse("teacher_media", "a list of parts", _kind(value))
+            self.refuse(name, f"a list of {'parts' if name == 'teacher_media' else 'paths'}", _kind(value))
             return ()
-        return tuple(self._part(f"teacher_media[{i}]", part, MEDIA_TYPES) for i, part in enumerate(value))
+        if name == "teacher_images":
+            return tuple({"type": "image", "image": self._medium(f"{name}[{i}]", path)} for i, path in enumerate(value))
+        return tuple(self._part(f"{name}[{i}]", part, MEDIA_TYPES) for i, part in enumerate(value))
 
     def _medium(self, field: str, value: Any) -> Path:
         """The absolute path of a file that exists; whether it decodes, `opsd.prompts.verify` says."""

@@ -77,6 +77,8 @@ def test_media_are_relative_to_the_file_and_listed_in_order(tmp_path: Path) -> N
         ("teacher_media[1].audio", "audio", tmp_path / "voice.wav"),
     ]
     assert example.messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    (short,) = read_examples(write(tmp_path, row | {"teacher_images": ["late.png"]}), LABELS)
+    assert short.teacher_media == example.teacher_media[:1]
 
 
 def test_the_alias_blank_lines_a_bom_and_number_ids_are_fine(tmp_path: Path) -> None:
@@ -222,9 +224,21 @@ def test_held_out_rows_need_no_rationale(tmp_path: Path) -> None:
             ": field 'teacher_media[0].audio': expected an existing file; found no file at ",
         ),
         (
+            ROW | {"teacher_images": "a.png"},
+            ": field 'teacher_images': expected a list of paths; found text",
+        ),
+        (
+            ROW | {"teacher_images": [3]},
+            ": field 'teacher_images[0]': expected text; found the number 3",
+        ),
+        (
+            ROW | {"teacher_images": [], "teacher_media": []},
+            ": field 'teacher_images': expected one of teacher_media, teacher_images; found both",
+        ),
+        (
             ROW | {"rationals": "x"},
             ": field 'rationals': expected a known field, one of id, prompt, rationale, "
-            "privileged_context, label, answer, subtitle, teacher_media; found an unknown field "
+            "privileged_context, label, answer, subtitle, teacher_media, teacher_images; found an unknown field "
             "(did you mean 'rationale'?)",
         ),
         (

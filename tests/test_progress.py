@@ -93,6 +93,15 @@ def test_a_terminal_shows_it_in_colour(monkeypatch):
     }
 
 
+@pytest.mark.parametrize("rate, shown", [(0.25, True), (0.0, False)])
+def test_the_line_of_a_step_has_what_was_saved_and_found(capsys, rate, shown):
+    record = {"step": 9, "loss": 0.5, "saved_tokens": 0.42, "teacher_cache_hit_rate": rate}
+    make_progress("plain", 9).step(record | {"teacher_tokens_per_second": 120.4})
+    line = capsys.readouterr().out
+    assert "saved 42%" in line and "tok/s teacher 120" in line
+    assert ("cache hits 25%" in line) is shown
+
+
 def test_time_left_of_a_plain_line(capsys, monkeypatch):
     now = iter([100.0, 110.0, 4000.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))

@@ -22,6 +22,7 @@ from opsd import rationalize
 from opsd.config import DataConfig
 from opsd.data import read_examples
 from opsd.rationales.request import DEFAULT, read_template
+from opsd.rationales.store import moved
 from opsd.rationales.work import GIVE_UP
 from tests.endpoints import FakeClock, completion, serving
 from tests.files import tone, write_wav
@@ -153,6 +154,9 @@ def test_media_are_attached_when_asked_for(rows, server, clock, tmp_path):
     assert {file.resolve() for _, _, file in example.media()} == {
         tmp_path / name for name in ("a.png", "a.wav", "b.flac", "b.bmp")
     }, "paths still lead to the files from another folder"
+    row = {"prompt": "Feels?", "teacher_images": ["../a.png"]}
+    assert moved(row, tmp_path / "x", elsewhere)["teacher_images"] == ["../a.png"]
+    assert moved(row, elsewhere, tmp_path)["teacher_images"] == ["a.png"]
     assert rationalize.main([*command(path, server), "--media", "image"]) == 0
     assert "Attached: 2 images. Not shown to you: 2 recordings;" in user(server.seen[1][2])[-1]["text"]
 

@@ -83,6 +83,8 @@ def moved(row: dict[str, Any], here: Path, there: Path) -> dict[str, Any]:
         ]
     if row.get("teacher_media"):
         row["teacher_media"] = [part(given) for given in row["teacher_media"]]
+    if row.get("teacher_images"):
+        row["teacher_images"] = [path(given) for given in row["teacher_images"]]
     return row
 
 

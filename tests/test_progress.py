@@ -52,6 +52,16 @@ def test_health_of_tokens_is_that_of_the_whole_distributions(tmp_path):
         assert found[2] is None
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_saved_tokens_are_those_a_padded_loop_computes_besides(tmp_path, share):
+    words = [f"engine.share_prefix={share}", "train.steps=2", "optim.lr=1e-9", "engine.token_budget=9999"]
+    run = train(text_job(tmp_path, *words))
+    for line in run.directory.read("metrics"):
+        computed, padded = line["computed_tokens"], line["padded_tokens"]
+        assert line["saved_tokens"] == pytest.approx(1 - computed / padded)
+        assert 0.2 < line["saved_tokens"] < 0.8 if share else computed == padded
+
+
 def test_samples_hold_every_token_with_its_divergence(tmp_path, capsys):
     run = train(text_job(tmp_path, "log.samples=3", "log.show=2", "log.progress=plain"))
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1  row-")]

@@ -85,7 +85,7 @@ def load_video(path: Path, frames: int) -> Video:
                 raise MediumError("a file with moving pictures", "no video stream", file=path)
             stream = container.streams.video[0]
             start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
-            claimed = _claimed(stream, start)
+            claimed = _claimed(container, stream, start)
             whole = container.duration / av.time_base if container.duration else None  # the sound may be longer
             length = claimed or whole or _end(path) - start
             # a microsecond late: a frame that is due at that very moment is there
@@ -102,10 +102,14 @@ def load_video(path: Path, frames: int) -> Video:
         raise MediumError("a video that can be decoded", _reason(error), file=path) from error
 
 
-def _claimed(stream: Any, start: float) -> float | None:
-    """How long the stream is according to its own header (seconds): Matroska has a tag for it, which counts from 0."""
+def _claimed(container: Any, stream: Any, start: float) -> float | None:
+    """How long the stream is according to its own header (seconds): Matroska has a tag for it, which counts from 0.
+
+    The header of an AVI counts frames, a tick each; the duration of one that was cut is FFmpeg's, of what is left.
+    """
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        counted = stream.frames if container.format.name == "avi" else 0
+        return float(max(stream.duration, counted) * stream.time_base)
     told = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     length = int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3]) - start if told else 0.0
     return length if length > 0 else None

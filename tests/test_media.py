@@ -132,6 +132,10 @@ def test_bad_videos(tmp_path: Path) -> None:
     half.write_bytes(whole[: len(whole) // 2])
     found = r"half\.mkv: expected a video that can be decoded to its end; found [0-2]\.\d\d s of 4\.00 s"
     assert re.fullmatch(found, refusal(half))
+    whole = write_video(tmp_path / "b.avi", pictures(40), codec="mpeg4").read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(whole[: len(whole) * 8 // 10])  # FFmpeg finds a shorter video in it, and nothing wrong
+    assert re.fullmatch(r"cut\.avi: expected a video that can .* to its end; found \d\.\d\d s of 4\.00 s", refusal(cut))
     (tmp_path / "none.mp4").write_bytes(b"not a video" * 100)
     assert refusal(tmp_path / "none.mp4").startswith(
         "none.mp4: expected a video that can be decoded; found Invalid data"

@@ -11,7 +11,7 @@ from torch import nn
 
 from opsd.config import ModelConfig
 from opsd.errors import InputError, explained
-from opsd.parts import LANGUAGE, part_of, parts_of
+from opsd.parts import LANGUAGE, is_chosen, part_of, parts_of
 from opsd.say import say_once
 
 _FIELD = "model.lora_targets"
@@ -28,7 +28,7 @@ def add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | Non
     chosen = [
         name
         for part, wanted in (targets if isinstance(targets, dict) else {LANGUAGE: targets}).items()
-        for name in _layers(module, part, wanted)
+        for name in _layers(module, part, wanted, config.freeze)
     ]
     if not chosen:
         raise InputError("linear layers for an adapter", str(targets), field=_FIELD)
@@ -49,7 +49,7 @@ def add_lora(module: Any, config: ModelConfig, seed: int, checkpoint: Path | Non
     return adapted
 
 
-def _layers(module: Any, part: str, wanted: str | Iterable[str]) -> list[str]:
+def _layers(module: Any, part: str, wanted: str | Iterable[str], frozen: Iterable[str]) -> list[str]:
     """Names of the linear layers of a part that get an adapter: all, or those with the wanted last names."""
     if part not in parts_of(module):
         expected = f"a part of {type(module).__name__} ({', '.join(parts_of(module))})"
@@ -61,7 +61,7 @@ def _layers(module: Any, part: str, wanted: str | Iterable[str]) -> list[str]:
         for target in wanted:
             _check_target(target, part, inside, linear, head)
         linear = {n: c for n, c in linear.items() if any(f".{n}".endswith(f".{target}") for target in wanted)}
-    free = [name for name, child in linear.items() if child.weight.requires_grad]
+    free = [name for name in linear if not is_chosen(module, f"{name}.weight", frozen)]
     if linear and not free:
         raise InputError(f"layers of {part} that model.freeze does not hold", "none", field=_FIELD)
     return free

@@ -1,8 +1,9 @@
 """`python -m opsd.export RUN_DIR OUT`: a finished run as a folder that plain transformers loads.
 
 The newest checkpoint's student with its adapter merged in, processor and generation config, in safetensors. `--full`
-puts a thinker that was trained out of a whole Omni checkpoint back beside its talker. The folder is a model like any
-other, the base of a next stage for instance; it appears when it is complete, or not at all.
+puts a thinker that was trained out of a whole Omni checkpoint back beside its talker; `--dequantize` is asked for where
+the adapter was trained on four bits, and takes what these stand for as the base. The folder is a model like any other,
+the base of a next stage for instance; it appears when it is complete, or not at all.
 """
 
 from __future__ import annotations
@@ -24,25 +25,35 @@ from opsd.answers import finished_run, load_student
 from opsd.cli import guard
 from opsd.config import Config
 from opsd.errors import InputError, writing
+from opsd.four_bit import round_trip
 from opsd.loading import is_whole
 from opsd.model import LanguageModel
 
 _PREFIX = "thinker."
 
 
-def export(run_dir: Path, out: Path, full: bool = False) -> str:
+def export(run_dir: Path, out: Path, full: bool = False, dequantize: bool = False) -> str:
     """Write the student of a run to the new folder `out`; what to say about it. Raises InputError."""
     config, checkpoint = finished_run(run_dir)
+    coded = config.model.quantize != "none"
+    if coded != dequantize:
+        found = f"model.quantize={config.model.quantize}"
+        hint = f"the adapter alone, for a base in four bits, is {checkpoint}" if coded else None
+        expected = "--dequantize, to merge into what four bits stand for" if coded else "a base in four bits"
+        raise InputError(expected, found, field="RUN_DIR" if coded else "--dequantize", hint=hint)
     if full and not is_whole(config.model):
         raise InputError("a run that began from a whole Omni checkpoint", config.model.path, field="--full")
     with _appearing(out) as folder:
         model = load_student(_on_cpu(config), checkpoint)
+        apart = round_trip(model.module.get_base_model()) if coded else 0.0
         name = _save(model, folder / "thinker" if full else folder)
         if full:
             _assemble(_local(config.model.path), folder)
+    error = f"; its base is what four bits held, up to {apart:.1%} of a layer's norm from {config.model.path}"
     if full:
-        return f"{out}: the whole model, talker and all; the talker was not trained with this thinker"
-    told = f"{out}: transformers.{name}.from_pretrained({str(out)!r})"
+        told = f"{out}: the whole model, talker and all; the talker was not trained with this thinker"
+        return told + (error if coded else "")
+    told = f"{out}: transformers.{name}.from_pretrained({str(out)!r})" + (error if coded else "")
     with suppress(InputError):  # the model it began from may be gone: a checkpoint of all weights does without
         if is_whole(config.model):
             told += f"\nthis is the thinker of {config.model.path}; --full writes the whole model"
@@ -50,7 +61,8 @@ def export(run_dir: Path, out: Path, full: bool = False) -> str:
 
 
 def _on_cpu(config: Config) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu", "liger": "off"})})
+    changes = {"device": "cpu", "liger": "off", "quantize": "none"}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def _save(model: LanguageModel, folder: Path) -> str:
@@ -140,7 +152,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def run(args: argparse.Namespace) -> None:
-    print(export(args.run_dir, args.out, args.full))
+    print(export(args.run_dir, args.out, args.full, args.dequantize))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("run_dir", type=Path, help="a run of opsd.train")
     made.add_argument("out", type=Path, help="a new folder")
     made.add_argument("--full", action="store_true", help="put a trained thinker back into its whole Omni checkpoint")
+    made.add_argument("--dequantize", action="store_true", help="merge into what a base in four bits stands for")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return guard(run, made, argv)
 

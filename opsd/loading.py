@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd import four_bit
 from opsd.adapter import add_lora
 from opsd.config import EngineConfig, ModelConfig
 from opsd.errors import InputError, explained
@@ -49,7 +50,7 @@ def load_model(
         processor = load_processor(source, trust_remote_code=config.trust_remote_code)
         files = read_processor_files(source)
     with explained("auto, or a device of this machine", field="model.device"):
-        module.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
+        module.to(four_bit.place(config.device))
     model = LanguageModel(module.eval(), processor, files, config, engine or EngineConfig())
     model.check_attention()
     _check_logits(model)
@@ -117,7 +118,10 @@ def weight_dtype(config: ModelConfig) -> torch.dtype:
 
 def _read_weights(path: str, config: ModelConfig) -> Any:
     """The model with every weight read."""
-    cls = model_class(path, config)
+    cls, coding, coded = model_class(path, config), {}, set[str]()
+    if config.quantize != "none":
+        bare = without_weights(cls, path, config)
+        coding, coded = four_bit.reading(config, bare, weight_dtype(config)), set(four_bit.quantizable(bare))
     with explained("weights that load, and model.attention that they support", field="model.path"):
         module, report = _quietly(
             cls.from_pretrained,
@@ -126,11 +130,21 @@ def _read_weights(path: str, config: ModelConfig) -> Any:
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **coding,
         )
     if missing := sorted(report["missing_keys"]):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(f"all weights of {cls.__name__}", f"{path} without {names}", field="model.path")
-    return module
+    return four_bit.settled(module, coded) if coding else module
+
+
+def without_weights(cls: Any, path: str, config: ModelConfig) -> Any:
+    """The model on meta, of which config.json alone is read."""
+    with explained("a config that transformers builds a model from", field="model.path"), torch.device("meta"):
+        found = cls.config_class.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        if config.quantize != "none" and getattr(found, "quantization_config", None) is not None:
+            raise InputError("none for weights that are codes already", config.quantize, field="model.quantize")
+        return cls._from_config(found, dtype=weight_dtype(config), attn_implementation=config.attention)
 
 
 def _quietly(load: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -48,11 +48,16 @@ def is_under(name: str, start: str) -> bool:
     return name == start or name.startswith(start.rstrip(".") + ".")
 
 
+def is_chosen(module: Any, name: str, chosen: Iterable[str]) -> bool:
+    """Whether a module or parameter of this name lies in one of the parts, or under one of the names."""
+    return any(part_of(module, name) == one or is_under(name, one) for one in chosen)
+
+
 def freeze(module: Any, chosen: Iterable[str]) -> None:
     """Freeze parts, and modules or parameters by the beginnings of their names. InputError for what is neither."""
-    parameters = {name: (part_of(module, name), p) for name, p in module.named_parameters()}
+    parameters = dict(module.named_parameters())
     for one in chosen:
-        doomed = [p for name, (part, p) in parameters.items() if part == one or is_under(name, one)]
+        doomed = [p for name, p in parameters.items() if is_chosen(module, name, [one])]
         if not doomed:
             parts, tops = parts_of(module), sorted({name.split(".")[0] for name in parameters})
             expected = f"a part ({', '.join(parts)}) or the name of a module or parameter ({', '.join(tops)}, ...)"
@@ -67,6 +72,8 @@ def what_trains(module: Any) -> str:
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in base.named_parameters():
-        counts[part_of(base, name)][not parameter.requires_grad] += parameter.numel()
+        state = getattr(parameter, "quant_state", None)  # of codes, two in a byte
+        count = parameter.numel() if state is None else state.shape.numel()
+        counts[part_of(base, name)][not parameter.requires_grad] += count
     told = (f"{part} {trained:,} trained, {still:,} frozen" for part, (trained, still) in counts.items())
     return f"parameters{'' if base is module else ' (LoRA)'}: {'; '.join(told)}"

@@ -34,21 +34,21 @@ def save_text_model(folder: Path, seed: int = 0, tied: bool = True, **changes: o
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary) + 3,  # a padded vocabulary, as large models have
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=None,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,  # logits that differ: a flat model would hide mistakes
-        **changes,
-    )
+    defaults = {
+        "vocab_size": len(vocabulary) + 3,  # a padded vocabulary, as large models have
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,  # logits that differ: a flat model would hide mistakes
+    }
+    config = LlamaConfig(**{**defaults, **changes})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ RANKS = [
     "prefix_entry prefix_codes tensor_file prefix_files prefix_store feature_cache",
     "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
     "liger",
-    "rows data media decoder prompts prompt_cache features model adapter loading plain engine rewards",
+    "rows data media decoder prompts prompt_cache features model four_bit adapter loading plain engine rewards",
     "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives adamw adamw_low_bit "
     "optim in_backward log progress trackers",
     "checkpoint shelf resume group plan run saving metrics step held_out answers page report",

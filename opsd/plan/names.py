@@ -10,7 +10,7 @@ PREFIXES, FEATURES, PROMPTS = "teacher's prefixes", "features of media", "prompt
 INPUTS = "layer inputs (host)"
 
 KNOBS = {
-    WEIGHTS: "model.dtype with model.adapter=lora",
+    WEIGHTS: "model.dtype, model.quantize with model.adapter=lora",
     ADAPTERS: "model.lora_r, model.lora_targets",
     GRADIENTS: "model.adapter=lora, model.freeze",
     MOMENTS: "model.adapter=lora, model.freeze, optim.kind",

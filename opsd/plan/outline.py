@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from opsd import four_bit
 from opsd.autocast import OnMeta
 from opsd.config import EngineConfig, ModelConfig
-from opsd.errors import explained
-from opsd.loading import model_class, prepared, weight_dtype
+from opsd.loading import model_class, prepared, weight_dtype, without_weights
 from opsd.model import LanguageModel
 from opsd.offload import Lane, LayerInputs, offload
 from opsd.plan.stand_ins import AttentionShapes
@@ -35,10 +35,11 @@ def outline(config: ModelConfig, engine: EngineConfig, processor: Any, cuda: boo
     cuda: attend as on CUDA. Raises InputError as `opsd.loading.load_model` does.
     """
     cls = model_class(config.path, config)
-    with explained("a config that transformers builds a model from", field="model.path"), torch.device("meta"):
-        found = cls.config_class.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        options = {"dtype": weight_dtype(config), "attn_implementation": config.attention}
-        module = prepared(cls._from_config(found, **options), config, config.path)
+    bare = without_weights(cls, config.path, config)
+    if config.quantize != "none":
+        bare = four_bit.outlined(bare, weight_dtype(config))
+    with torch.device("meta"):
+        module = prepared(bare, config, config.path)
     processor = processor if processor is not None else NoTokenizer(module.get_output_embeddings().weight.shape[0])
     model = LanguageModel(module.eval(), processor, {}, config, engine)
     half = model.head.weight.dtype == torch.bfloat16 or model.mixed

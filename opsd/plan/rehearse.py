@@ -12,6 +12,7 @@ from opsd.adamw_low_bit import embedding_names, moments_of
 from opsd.config import Config
 from opsd.decode import Room, Slots
 from opsd.engine import prefill, response_hidden
+from opsd.four_bit import scales
 from opsd.group import Group, split
 from opsd.model import LanguageModel
 from opsd.objectives.logprobs import token_logprobs
@@ -42,7 +43,7 @@ class Rehearsal:
             checkpointed(model, HostShapes(self.ledger))
         every = dict(model.module.named_parameters())
         adapter = [p for name, p in every.items() if ".lora_" in name]
-        self.ledger.name([*every.values(), *model.module.buffers()], WEIGHTS)
+        self.ledger.name([*every.values(), *model.module.buffers(), *scales(model.module)], WEIGHTS)
         self.ledger.name(adapter, ADAPTERS)
         self.teacher: Teacher | None = build_teacher(config.teacher, model) if work.views is not None else None
         if self.teacher is not None:

@@ -47,6 +47,8 @@ class Config(Section):
             self._can_approximate()
         if self.optim.kind != "adamw" and self.train.parallel == "fsdp":
             raise refuse("optim.kind", "adamw for train.parallel fsdp, which divides its moments", self.optim.kind)
+        if self.model.quantize != "none" and self.train.parallel == "fsdp":
+            raise refuse("model.quantize", "none for train.parallel fsdp, which divides weights", self.model.quantize)
         if self.checkpoint.best != "none":
             self._can_choose()
         return self

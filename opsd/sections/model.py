@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from opsd.sections.base import Float, Section, Switch, Texts
+from opsd.sections.base import Float, Section, Switch, Texts, refuse
 
 Part = Literal["vision", "audio", "projector", "language"]
 
@@ -16,6 +16,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
     adapter: Literal["none", "lora"] = Field(default="none", description="none trains the weights, lora an adapter.")
+    quantize: Literal["none", "nf4"] = Field(
+        default="none",
+        description="nf4: the language model's linear layers in 4 bits under the adapter (bitsandbytes).",
+    )
     lora_r: int = Field(default=16, ge=1, description="Rank of the adapter.")
     lora_alpha: int = Field(default=32, ge=1, description="Scale of the adapter times its rank.")
     lora_dropout: Float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapter.")
@@ -35,3 +39,9 @@ class ModelConfig(Section):
         description="Keep each layer's input only, compute the rest again in the backward; offload: on the host.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _checks(self) -> ModelConfig:
+        if self.quantize != "none" and self.adapter != "lora":
+            raise refuse("quantize", "none without model.adapter lora: codes of 4 bits are not trained", self.quantize)
+        return self

@@ -186,7 +186,8 @@ def test_the_plan_counts_codes_and_scales(tmp_path):
     assert drawn == [(x.shape, x.dtype) for x in scales(base)]
     plan = make_plan(config, shapes, Workload.of(config, Longest(40, 60, rows=3)), cuda=False, memory=1 << 40)
     assert plan.phases["student"][WEIGHTS] == real
-    assert what_trains(model.module) == what_trains(shapes.module)
+    plain = load_model(config.model.model_copy(update={"quantize": "none"}))
+    assert what_trains(model.module) == what_trains(shapes.module) == what_trains(plain.module), "weights, not bytes"
 
 
 def test_only_the_language_is_in_four_bits(tmp_path):
@@ -202,6 +203,13 @@ def test_only_the_language_is_in_four_bits(tmp_path):
     frozen = load_config(None, [*words, "model.freeze=[language]"])
     with pytest.raises(InputError, match=r"model\.freeze"):
         load_model(frozen.model)
+
+
+def test_codes_are_never_laid_out_anew(tmp_path, monkeypatch):
+    """As bitsandbytes does it in evaluation on a CPU with bf16 instructions: gradients would end there."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layers = [layer for layer in load_model(job(tmp_path).model).module.modules() if is_coded(layer)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_layers_that_bitsandbytes_misreads_keep_their_weights(tmp_path):

@@ -109,13 +109,13 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         (
             "optim:\n  lrr: 1\n",
             "run.yaml:4: field 'optim.lrr': expected a key of section optim, one of kind, lr, betas, eps, "
-            "weight_decay, max_grad_norm, schedule, warmup_steps; found an unknown key (did you "
+            "weight_decay, max_grad_norm, in_backward, schedule, warmup_steps; found an unknown key (did you "
             "mean 'lr'?)",
         ),
         (
             "optim:\n  lr: 1\n  mu: 1\n",
             "run.yaml:5: field 'optim.mu': expected a key of section optim, one of kind, lr, betas, eps, "
-            "weight_decay, max_grad_norm, schedule, warmup_steps; found an unknown key (did you "
+            "weight_decay, max_grad_norm, in_backward, schedule, warmup_steps; found an unknown key (did you "
             "mean 'teacher.mu'?)",
         ),
         (

@@ -11,6 +11,7 @@ from torch import nn
 
 from opsd.config import ModelConfig
 from opsd.errors import InputError, explained
+from opsd.four_bit import is_coded
 from opsd.parts import LANGUAGE, is_chosen, part_of, parts_of
 from opsd.say import say_once
 
@@ -61,10 +62,15 @@ def _layers(module: Any, part: str, wanted: str | Iterable[str], frozen: Iterabl
         for target in wanted:
             _check_target(target, part, inside, linear, head)
         linear = {n: c for n, c in linear.items() if any(f".{n}".endswith(f".{target}") for target in wanted)}
-    free = [name for name in linear if not is_chosen(module, f"{name}.weight", frozen)]
+    free = [name for name, child in linear.items() if not _is_held(module, name, child, frozen)]
     if linear and not free:
         raise InputError(f"layers of {part} that model.freeze does not hold", "none", field=_FIELD)
     return free
+
+
+def _is_held(module: Any, name: str, layer: nn.Linear, frozen: Iterable[str]) -> bool:
+    """Whether a layer is frozen; codes never need a gradient, so there the names tell."""
+    return is_chosen(module, f"{name}.weight", frozen) if is_coded(layer) else not layer.weight.requires_grad
 
 
 def _check_target(

@@ -127,8 +127,8 @@ class PromptBuilder:
                 out = self.processor(
                     text=[text], return_tensors="pt", add_special_tokens=False, **self._media_arguments(media)
                 )
-        except ValueError as error:
-            found = str(error).strip().splitlines()[0]
+        except (ValueError, RuntimeError) as error:  # the second: a sound shorter than a window of its spectrum
+            found = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise example.problem("prompt", "text and media that the model's processor takes", found) from error
         inputs = {name: torch.as_tensor(value) for name, value in out.items()}
         if "video_second_per_grid" in inputs:  # Omni's processors think of one rate for all videos

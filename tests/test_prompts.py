@@ -13,9 +13,11 @@ from PIL import Image
 from opsd.config import MediaConfig, PromptsConfig
 from opsd.data import Example
 from opsd.errors import InputError, InputErrors
+from opsd.processing import load_processor
 from opsd.prompt_cache import VIEWS, PromptCache, verify
 from opsd.prompts import PromptBuilder
 from tests.files import tone, write_wav
+from tests.processors import write_processor
 
 
 class Tokenizer:
@@ -157,7 +159,6 @@ def test_verify_names_the_field_of_every_medium_that_does_not_decode(tmp_path: P
 def omni(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The real processor over a word vocabulary, from the files a hub checkpoint has."""
     from opsd.affect.tiny import TinySize, build_tokenizer, preprocessor_config
-    from opsd.processing import load_processor
 
     folder = tmp_path_factory.mktemp("omni")
     texts = ["how does she feel? she smiles. subtitle: great. " + PromptsConfig().teacher_template]
@@ -213,3 +214,11 @@ def test_media_tokens_in_text_and_another_sampling_rate_are_refused(omni: Any) -
     assert "found '<|IMAGE|>'" in refusal(builder(omni), example(subtitle="<|IMAGE|>"))
     with pytest.raises(InputError, match=r"field 'media.sampling_rate': expected 16000, the model's own; found 8000"):
         PromptBuilder(omni, PromptsConfig(), MediaConfig(sampling_rate=8000))
+
+
+def test_a_sound_shorter_than_a_window_of_its_spectrum_names_its_row(tmp_path: Path) -> None:
+    """Qwen3-Omni's processor does not pad it, and torch refuses to."""
+    processor = load_processor(write_processor(tmp_path, "qwen3_omni_moe"))
+    click = write_wav(tmp_path / "click.wav", tone(16000, 300, 0.01))
+    found = refusal(builder(processor), example({"type": "audio", "audio": click}))
+    assert found.startswith("rows.jsonl:7: field 'prompt': expected text and media that the model's processor takes;")

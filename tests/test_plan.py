@@ -185,6 +185,21 @@ def test_what_a_knob_moves(tmp_path):
     assert "teacher" not in lines("objective.kind=sft") and "teacher" not in lines("objective.kind=reward")
 
 
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_gradients_that_go_with_their_update(tmp_path, clip):
+    shape = Shape(60, 10, 8, 3)
+
+    def phases(budget: int, *words: str) -> dict[str, dict[str, int]]:
+        words = (f"engine.token_budget={budget}", f"optim.max_grad_norm={clip}", *words)
+        return planned(text_job(tmp_path, *words), shape).phases
+
+    plain, mine = phases(4096), phases(4096, "optim.in_backward=true")
+    assert mine["student"][GRADIENTS] < 0.6 * plain["student"][GRADIENTS]
+    assert mine["update"][GRADIENTS] == 0 and mine["update"][MOMENTS] == plain["update"][MOMENTS]
+    several = phases(100, "optim.in_backward=true")
+    assert several == phases(100), "between passes the gradients of all weights wait"
+
+
 def test_the_workspace_is_that_of_the_loss():
     vocab, width, tokens = 4096, 64, 3000
     row = 4 * (2 * vocab + 4 * width)

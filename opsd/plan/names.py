@@ -12,7 +12,7 @@ INPUTS = "layer inputs (host)"
 KNOBS = {
     WEIGHTS: "model.dtype, model.quantize with model.adapter=lora",
     ADAPTERS: "model.lora_r, model.lora_targets",
-    GRADIENTS: "model.adapter=lora, model.freeze",
+    GRADIENTS: "model.adapter=lora, model.freeze, optim.in_backward",
     MOMENTS: "model.adapter=lora, model.freeze, optim.kind",
     AVERAGE: "teacher.kind=frozen, teacher.lora_average=freeze_a",
     ACTIVATIONS: "engine.token_budget, model.activation_checkpointing",

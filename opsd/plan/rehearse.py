@@ -52,7 +52,8 @@ class Rehearsal:
         self.moments = moments_of(trained, embedding_names(model.module, trained), config.optim, cuda)
         self.ledger.name(self.moments.resident, MOMENTS)
         for p in model.trainable().values():
-            p.register_post_accumulate_grad_hook(lambda p: self.ledger.name([p.grad], GRADIENTS))
+            p.register_post_accumulate_grad_hook(self._whole)
+        self._frees = False  # whether a gradient goes as soon as it is whole
         store = PrefixStore(model.device, [self._tier()], dtype=config.engine.prefix_dtype)
         self.cache = TeacherCache(store) if self._keeps_prefixes() else None
 
@@ -71,16 +72,21 @@ class Rehearsal:
         """Teacher and student over the largest pass of at most `budget` tokens."""
         parts = split(self.work.group(), budget)
         part = max(parts, key=lambda part: part.tokens)
-        if self.work.views is None:
-            return {"student": self._student(part, None, len(parts) > 1)}
-        with self.ledger.phase() as teacher:
-            target = self._scores(part)
-        return {"teacher": teacher, "student": self._student(part, target, len(parts) > 1)}
+        phases, target = Phases(), None
+        if self.work.views is not None:
+            with self.ledger.phase() as phases["teacher"]:
+                target = self._scores(part)
+        self._frees = self.config.optim.in_backward and len(parts) == 1
+        phases["student"] = self._student(part, target, len(parts) > 1)
+        if self._frees:
+            phases["update"] = self._update()
+        return phases
 
     def _update(self) -> Counter[str]:
         """AdamW is one kernel, which makes nothing, but for moments that come a parameter at a time; a moving teacher
         may."""
-        self._give_gradients()
+        if not self._frees:
+            self._give_gradients()
         with self.ledger.phase() as seen:
             with self.ledger.under(MOMENTS):
                 for paged in self.moments.paged:
@@ -95,6 +101,11 @@ class Rehearsal:
         for p in trained:
             p.grad = torch.empty_like(p)
         self.ledger.name((p.grad for p in trained), GRADIENTS)
+
+    def _whole(self, p: Tensor) -> None:
+        self.ledger.name([p.grad], GRADIENTS)
+        if self._frees:
+            p.grad = None
 
     def _drop_gradients(self) -> None:
         for p in self.model.trainable().values():
@@ -138,7 +149,10 @@ class Rehearsal:
             self._give_gradients()
         with self.ledger.phase() as seen, self.model.mode(train=True):
             hidden = response_hidden(self.model, part.prompts, part.responses)
-            self._loss(part, hidden).backward()
+            loss = self._loss(part, hidden)
+            if self._frees and self.config.optim.max_grad_norm is not None:  # for the norm alone
+                loss.backward(retain_graph=True)
+            loss.backward()
         self._drop_gradients()
         return seen
 

@@ -49,23 +49,33 @@ class StepShapes:
 
 
 class LossShapes(torch.autograd.Function):
-    """opsd_kernels.autograd.TokenKL: a workspace, then gradients that wait for the backward."""
+    """opsd_kernels.autograd.TokenKL: a workspace, then gradients that wait for the backward; a second one sweeps again
+    for that of the head."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, workspace: int, ledger: Ledger) -> Tensor:
         ctx.hidden_grad = torch.empty_like(hidden)
-        ctx.weight_grad = head.new_empty(head.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        ctx.dtype = head.dtype
-        with ledger.under(HEAD):
-            hidden.new_empty(workspace, dtype=torch.uint8)
+        ctx.head, ctx.workspace, ctx.ledger = head, workspace, ledger
+        ctx.weight_grad = _swept(head, workspace, ledger, ctx.needs_input_grad[1])
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1]
         weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        if wanted and weight_grad is None:
+            weight_grad = _swept(ctx.head, ctx.workspace, ctx.ledger, wanted)
         hidden_grad = torch.empty_like(ctx.hidden_grad)
-        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.dtype), None, None
+        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.head.dtype), None, None
+
+
+def _swept(head: Tensor, workspace: int, ledger: Ledger, wanted: bool) -> Tensor | None:
+    """The head's gradient, after a sweep in a workspace that is gone."""
+    weight_grad = head.new_empty(head.shape, dtype=torch.float32) if wanted else None
+    with ledger.under(HEAD):
+        head.new_empty(workspace, dtype=torch.uint8)
+    return weight_grad
 
 
 class HostShapes:

@@ -98,7 +98,7 @@ class InBackward(Optimizer):
     def restart(self) -> None:
         update, self._update = self._update, None
         if update is not None and update.begun:
-            hint = "model.activation_checkpointing=offload or fewer train.prompts_per_step need less; --resume goes on"
+            hint = "model.activation_checkpointing=offload needs less, and may be set when --resume goes on"
             found = "out of memory in a backward that had moved weights already (optim.in_backward)"
             raise InputError("memory for a step", found, field="engine.token_budget", hint=hint)
         super().restart()

@@ -4,6 +4,8 @@ back is said."""
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import opsd.train
+from bench.measure import peak_extra_bytes
 from opsd.config import OptimConfig
 from opsd.errors import InputError
 from opsd.in_backward import InBackward
@@ -23,6 +26,7 @@ from tests.jobs import text_job
 DEPTH, WIDTH, STEPS = 6, 16, 5
 NO_CLIP, CLIP = {"lr": 1e-2, "max_grad_norm": None, "weight_decay": 0.1}, {"lr": 1e-2, "max_grad_norm": 0.3}
 CLIPS = pytest.mark.parametrize("values", [NO_CLIP, CLIP], ids=["no clip", "clip"])
+LIBRARY = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 ONE_PASS, LAST = "engine.token_budget=10000", "checkpoint.every=0"
 
 
@@ -84,6 +88,25 @@ def test_gradients_are_not_alive_together(values):
         p.register_post_accumulate_grad_hook(look)  # after the optimizer's own: nothing is left
     optimizer.backward(model.loss(0), 0, alone=True)
     assert most == [0]
+
+
+@CLIPS
+def test_torch_allocates_less(values):
+    """By its own log: gradients of 12 layers in the plain update, of less than 4 here."""
+    peaks = {}
+    for kind in (Optimizer, InBackward):
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)))
+        toy = SimpleNamespace(module=model, trainable=lambda model=model: dict(model.named_parameters()))
+        optimizer = kind(toy, OptimConfig(**values), STEPS)
+
+        def update(model: nn.Module = model, optimizer: Optimizer = optimizer) -> None:
+            loss = model(torch.ones(1, 256)).sum()
+            optimizer.backward(loss, 0, alone=True)
+            optimizer.step(0, loss.detach())
+
+        update()  # moments are made
+        peaks[kind] = peak_extra_bytes(update, "cpu") / (256 * 256 * 4)
+    assert peaks[Optimizer] > 12 and peaks[InBackward] < 4
 
 
 def test_several_passes_are_the_plain_update():
@@ -188,8 +211,20 @@ def outcome(run: Run) -> dict[str, Tensor]:
         ("optim.max_grad_norm=0.01", "objective.kind=reward", "objective.updates_per_rollout=2"),
         ("optim.max_grad_norm=0.01", "objective.alpha=0.5", "teacher.kind=live"),
         ("optim.max_grad_norm=0.01", "engine.token_budget=64"),
+        pytest.param(("optim.max_grad_norm=0.01", "optim.kind=adamw_8bit"), marks=LIBRARY),
+        pytest.param(("optim.max_grad_norm=null", "optim.kind=adamw_8bit"), marks=LIBRARY),
     ],
-    ids=["no clip", "clip", "adapter", "checkpointing", "reward", "live teacher", "several passes"],
+    ids=[
+        "no clip",
+        "clip",
+        "adapter",
+        "checkpointing",
+        "reward",
+        "live teacher",
+        "several passes",
+        "8 bits",
+        "8 bits, no clip",
+    ],
 )
 def test_a_run_is_that_of_the_plain_optimizer_to_the_bit(tmp_path, words):
     short = ("train.steps=3", LAST)

@@ -32,7 +32,7 @@ def job(tmp_path, monkeypatch):
 
     def in_process(config):
         trained.append(config.train.run_dir.name)
-        train(config, resume=True)
+        train(load_config(config.train.run_dir / "config.yaml"), resume=True)  # as --resume does
 
     monkeypatch.setattr(command, "_train", in_process)
     words = [word for word in base_words(tmp_path) if not word.startswith("train.run_dir")]
@@ -130,6 +130,15 @@ def test_what_is_finished_stays_and_what_was_killed_goes_on(job, tmp_path):
             del arm["training_seconds"]
     assert again["arms"] == first["arms"]
     assert job("--arms", "base,opsd,label-only") == (["label-only"], 0), "one more arm"
+
+
+def test_more_steps_go_on_in_every_arm(job, tmp_path):
+    assert job("--arms", "base,sft,opsd") == (["base", "sft", "opsd"], 0)
+    assert job("--arms", "base,sft,opsd", "train.steps=6") == (["sft", "opsd"], 0)
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert record["budget"]["steps"] == 6
+    assert [arm["updates"] for arm in record["arms"].values()] == [0, 6, 6]
+    assert [line["step"] for line in RunDir(tmp_path / "out" / "opsd").read("metrics")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_config_in_the_same_folder_is_refused(job, capsys):

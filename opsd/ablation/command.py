@@ -83,13 +83,14 @@ def _check_rows(configs: dict[str, Config]) -> None:
 
 
 def _claim(config: Config) -> None:
-    """The arm's folder with its config; one that is there already must be the same arm, begun before."""
+    """The arm's folder with its config, which a resumed arm reads: it may have more steps to do now. A folder that is
+    there already must be of the same arm, begun before."""
     folder = config.train.run_dir
     assert folder is not None
     saved = folder / "config.yaml"
     if saved.exists():
-        return same_config(config, load_config(saved), saved)
-    if folder.exists() and any(folder.iterdir()):
+        same_config(config, load_config(saved), saved)
+    elif folder.exists() and any(folder.iterdir()):
         raise InputError("a run directory with config.yaml, or a new folder", "neither", file=folder, field="--out")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

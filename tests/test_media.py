@@ -43,6 +43,12 @@ def test_images_are_rgb_and_upright(tmp_path: Path) -> None:
     assert load_image(tmp_path / "b.png").getpixel((0, 0)) == (7, 7, 7)
 
 
+def test_greys_of_16_bits_stay_greys(tmp_path: Path) -> None:
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(load_image(tmp_path / "deep.png"))[..., 1], deep >> 8)
+
+
 def test_bad_images(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"not a picture")

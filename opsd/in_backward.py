@@ -51,9 +51,9 @@ class _Update:
 
     rate: float
     bad: Tensor  # (), 1.0 from the first value on that is no number
+    some: Tensor  # (), 1.0 once a weight has moved before such a value
     norm: Tensor | None = None  # of the whole gradient, where it is known before the first weight moves
     norms: dict[str, Tensor] = field(default_factory=dict)  # of every gradient
-    some: Tensor | float = 0.0  # (), 1.0 once a weight has moved
     begun: bool = False  # as far as the host knows
 
 
@@ -76,7 +76,8 @@ class InBackward(Optimizer):
             say_once(_SEVERAL)
             loss.backward()
             return
-        self._update = update = _Update(self.rate(step), not_finite(loss.detach()))
+        bad = not_finite(loss.detach())
+        self._update = update = _Update(self.rate(step), bad, torch.zeros_like(bad))
         if self.config.max_grad_norm is not None:
             say_once(_TWICE)
             self._run(loss, self._measure, retain_graph=True)
@@ -133,7 +134,7 @@ class InBackward(Optimizer):
         else:
             self._measure(name, p)
             update.bad = torch.maximum(update.bad, not_finite(update.norms[name]))
-            update.some = torch.maximum(torch.as_tensor(update.some, device=p.device), 1.0 - update.bad)
+            update.some = torch.maximum(update.some, 1.0 - update.bad)
         update.begun = True
         self.each[name].step(update.rate, update.bad)
 

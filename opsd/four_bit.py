@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opsd.bnb import bitsandbytes
 from opsd.config import ModelConfig
-from opsd.errors import InputError
+from opsd.errors import InputError, explained
 from opsd.parts import LANGUAGE, part_of
 from opsd.say import say_once
 
@@ -62,10 +62,11 @@ def reading(config: ModelConfig, outline: Any, dtype: torch.dtype) -> dict[str, 
 
 
 def place(device: str) -> str:
-    """`model.device` with its number, as transformers asks for it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    """`model.device` with its number, as transformers asks for it. Raises InputError for one that is not there."""
+    with explained("auto, or a device of this machine", field="model.device"):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return str(torch.empty(0, device=device).device)
 
 
 def settled(module: Any, expected: set[str]) -> Any:

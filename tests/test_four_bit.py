@@ -225,6 +225,8 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"model\.quantize"):
             load_config(None, ["model.path=x", *words])
     config = job(tmp_path)
+    with pytest.raises(InputError, match=r"model\.device.*'?nowhere"):
+        load_model(job(tmp_path, "model.device=nowhere").model)
     theirs(config.model.path).save_pretrained(tmp_path / "codes")
     again = job(tmp_path, f"model.path={tmp_path / 'codes'}")
     with pytest.raises(InputError, match=r"model\.quantize.*already"):

@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python -m bench.plan_memory [bench/results/plan-cpu.json]
 
 On a CPU the resident bytes of the process at their highest, above those it has before the model is read (after two
-steps of a tiny one, so that libraries are loaded), every large tensor in pages of its own: what opsd.heap keeps, and
-the holes it leaves, come on top. On CUDA torch.cuda.max_memory_allocated.
+steps of a tiny one, so that libraries are loaded) and those of its tokenizer, which is loaded once more to be weighed.
+On CUDA torch.cuda.max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from bench.engine_cases import TINY, Shape, Size
 from bench.engine_step import Job, opened
@@ -62,8 +63,11 @@ def measured(case: Case) -> Row:
         job = Job(Path(folder), case.size, case.size.layers, case.shape)
         job.write()
         start = _begin()
+        spare = AutoTokenizer.from_pretrained(job.folder / "model")
+        start += 2 * (_begin() - start)  # this one, and the run's
         config = _train(job, case.words).config
         peak = _peak() - start
+        del spare
         longest = Longest(case.shape.prompt, case.shape.prompt + case.shape.rationale, rows=1)
         cuda = torch.cuda.is_available()
         model = outline(config.model, config.engine, None, cuda)
@@ -75,19 +79,12 @@ def _train(job: Job, words: tuple[str, ...]) -> Run:
     if not (job.folder / "model").exists():
         job.write()
     with opened(job, *words) as run:
-        _large_blocks_apart()
         for step in range(2):
             group = sample(run, run.rows(step), step)
             gradients(run, group, step)
             run.optimizer.step(step)
             run.teacher.update()
     return run
-
-
-def _large_blocks_apart() -> None:
-    """Undo opsd.heap: glibc maps blocks from 1 MiB on by themselves."""
-    if not torch.cuda.is_available():
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _begin() -> int:

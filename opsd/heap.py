@@ -1,7 +1,10 @@
-"""Memory that tensors on a CPU have freed stays with the process.
+"""Memory that small tensors on a CPU have freed stays with the process; that of large ones goes back to the system.
 
-glibc returns a large block to the system when it is freed and gets it back page by page, each page cleared, for the
-next tensor of that size: time that every operation of a step on a CPU would pay again.
+glibc returns what is free at the end of its heap, and gets it back page by page, each page cleared, for the next
+tensors: time that every small operation of a step on a CPU would pay again. Large blocks it keeps in the heap too, once
+one of them was freed; those of torch are aligned, for which glibc 2.36 does not find the holes that the same tensors
+left: a step came to hold two to three times what its tensors take (bench/NOTES.md). In pages of their own they leave
+no holes.
 """
 
 from __future__ import annotations
@@ -10,17 +13,17 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
-_LARGEST = 1 << 30  # bytes; what is larger is rare, and goes back
+_LARGE = 1 << 18  # bytes; computing with more takes longer than clearing it
 
 
 def keep_freed_memory() -> bool:
     """Ask the allocator of this process to; False where it is not glibc's.
 
-    Blocks of up to 1 GiB come from the heap, and the heap does not shrink. The peak is what it was.
+    Blocks of less than 256 KiB come from the heap, and the heap does not shrink.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))

@@ -108,6 +108,7 @@ def read_meta(path: Path) -> Meta:
 def restore(checkpoint: Checkpoint, optimizer: Optimizer, teacher: Teacher) -> None:
     """Load AdamW's moments and the teacher; the weights are read by `load_model` from the same folder."""
     optimizer.load_state(_read_trainer(checkpoint, "optimizer/"))
+    optimizer.skipped.load_state(_read_trainer(checkpoint, "skipped/"))
     restore_teacher(checkpoint, teacher)
 
 
@@ -141,6 +142,7 @@ def _save_model(model: LanguageModel, weights: dict[str, Tensor] | None, folder:
 
 def _trainer_state(optimizer: Optimizer, teacher: Teacher) -> dict[str, Tensor]:
     state = {f"optimizer/{name}": t for name, t in optimizer.state().items()}
+    state |= {f"skipped/{name}": t for name, t in optimizer.skipped.state().items()}
     state |= {f"teacher/{name}": t for name, t in teacher.state().items()}
     return {name: t.detach().contiguous() for name, t in state.items()}
 

@@ -86,10 +86,11 @@ class Skipped:
     def __init__(self) -> None:
         self._count: Tensor | float = 0.0
         self._in_a_row: Tensor | float = 0.0
+        self.last: Tensor | float = 0.0  # of the newest update
 
     def add(self, bad: Tensor) -> None:
         """bad: 1.0 for an update that was left out, 0.0 for one that was made."""
-        self._count = self._count + bad
+        self.last, self._count = bad, self._count + bad
         self._in_a_row = (self._in_a_row + 1.0) * bad
 
     def take(self) -> tuple[int, int]:
@@ -97,6 +98,16 @@ class Skipped:
         counts = int(self._count), int(self._in_a_row)
         self._count = 0.0
         return counts
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run goes on counting from."""
+        counts = {"count": self._count, "in_a_row": self._in_a_row}
+        return {name: torch.as_tensor(value, dtype=torch.float32) for name, value in counts.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state` gave; nothing of a checkpoint that is from before it was saved."""
+        self._count = float(tensors.get("count", 0.0))
+        self._in_a_row = float(tensors.get("in_a_row", 0.0))
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

@@ -4,7 +4,7 @@
 `ema`     theta_T <- mu theta_T + (1 - mu) theta after every update, in fp32   (OmniOPSD, arXiv 2606.15920)
 `live`    the student itself, gradients stopped
 
-An update that is left out (`skipped_updates`) is followed too, by a student that has not moved.
+After an update that is left out (`skipped_updates`) the teacher stays where it is, as the student does.
 After n updates an EMA teacher still is mu^n its start (90.5 % after 100 updates at mu = 0.999): choose mu for the
 length of the run.
 """
@@ -39,8 +39,8 @@ class Teacher(Protocol):
     def weights(self) -> Any:
         """Context manager: inside, the model runs with the teacher's weights."""
 
-    def update(self) -> None:
-        """Follow the student, after an optimizer step."""
+    def update(self, skipped: Tensor | float = 0.0) -> None:
+        """Follow the student, after an optimizer step. skipped: 1.0 where that was left out; () on the device."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, whole, by name; empty where the student's checkpoint says it all."""
@@ -107,7 +107,7 @@ class LiveTeacher:
     def weights(self) -> Iterator[None]:
         yield
 
-    def update(self) -> None:
+    def update(self, skipped: Tensor | float = 0.0) -> None:
         self.updates = _next(self.updates)
 
     def state(self) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class AdapterOffTeacher:
         with self.module.disable_adapter():
             yield
 
-    def update(self) -> None: ...
+    def update(self, skipped: Tensor | float = 0.0) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -175,12 +175,12 @@ class ShadowTeacher:
                 self.shadow[name].copy_(student)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: Tensor | float = 0.0) -> None:
         if self.mu is not None:
             self.updates = _next(self.updates)
             shadows = list(self.shadow.values())
             students = [own(p.detach()).float() for p in self.parameters.values()]
-            torch._foreach_lerp_(shadows, students, 1.0 - self.mu)
+            torch._foreach_lerp_(shadows, students, [_step(self.mu, skipped, like) for like in shadows])
 
     def state(self) -> dict[str, Tensor]:
         return {name: on_host(alike(self.shadow[name], p)) for name, p in self.parameters.items()}
@@ -225,10 +225,10 @@ class DenseAverageTeacher:
                 hook.remove()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: Tensor | float = 0.0) -> None:
         self.updates = _next(self.updates)
         for name, layer in self.layers.items():
-            self.average[name].lerp_(self._delta(layer), 1.0 - self.mu)
+            self.average[name].lerp_(self._delta(layer), _step(self.mu, skipped, self.average[name]))
 
     def state(self) -> dict[str, Tensor]:
         return self.average
@@ -240,6 +240,11 @@ class DenseAverageTeacher:
     @staticmethod
     def _delta(layer: Any) -> Tensor:
         return layer.get_delta_weight("default").detach().float().clone()
+
+
+def _step(mu: float, skipped: Tensor | float, like: Tensor) -> Tensor:
+    """() how far an average goes towards the student; nowhere, to the bit, after an update that was left out."""
+    return torch.as_tensor((1.0 - mu) * (1.0 - skipped), dtype=like.dtype, device=like.device)
 
 
 def _next(updates: int | None) -> int:

@@ -49,7 +49,7 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
                 sums = fitted(run, group, step, gradients)  # the last update's are logged
                 with run.clock.phase("student"):
                     sums.add(**run.optimizer.step(step, sums.loss))
-                    run.teacher.update()
+                    run.teacher.update(run.optimizer.skipped.last)
 
             log_step(run, step + 1, sums, group)
             if due(step + 1, config.evaluate.every, config.train.steps):

@@ -304,7 +304,7 @@ def test_a_run_goes_on_after_steps_that_are_no_numbers(job, capsys, monkeypatch)
 def test_weights_that_are_no_numbers_are_not_saved(job, capsys, monkeypatch):
     from opsd.teacher import ShadowTeacher
 
-    def ruin(self):
+    def ruin(self, skipped):
         next(iter(self.parameters.values())).data[0, 0] = float("nan")
 
     monkeypatch.setattr(ShadowTeacher, "update", ruin)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from opsd.config import OptimConfig
-from opsd.optim import Optimizer, schedule
+from opsd.optim import Optimizer, Skipped, schedule
 
 STEPS = 6
 
@@ -124,3 +124,15 @@ def test_a_step_that_is_no_number_changes_nothing(what):
 def test_schedule(kind, warmup, want):
     config = OptimConfig(schedule=kind, warmup_steps=warmup)
     assert [schedule(config, step, 5) for step in range(5)] == pytest.approx(want)
+
+
+def test_counts_of_left_out_updates_go_on_where_they_were_saved():
+    first, second = Skipped(), Skipped()
+    for bad in (1.0, 0.0, 1.0, 1.0):
+        first.add(torch.tensor(bad))
+    second.load_state(first.state())
+    for one in (first, second):
+        one.add(torch.tensor(1.0))
+        assert one.take() == (4, 3)
+    second.load_state({})  # of a checkpoint that has none
+    assert second.take() == (0, 0)

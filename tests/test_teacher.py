@@ -159,3 +159,15 @@ def test_a_small_average_is_not_lost_in_a_bf16_base(folder):
     want = x.double() @ average.double().T
     assert ((seen[0].double() - want).norm() / want.norm()).item() < 0.01
     assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("words", [(), ("model.adapter=lora",)], ids=["weights", "dense average of an adapter"])
+def test_an_average_stays_where_it_is_after_an_update_that_was_left_out(folder, words):
+    model, _, _ = open_model(folder, *words)
+    teacher = build_teacher(TeacherConfig(kind="ema", mu=MU), model)
+    disturb(model, 0)
+    start = {name: x.clone() for name, x in teacher.state().items()}
+    teacher.update(torch.tensor(1.0))
+    assert all(torch.equal(x, start[name]) for name, x in teacher.state().items())
+    teacher.update(torch.tensor(0.0))
+    assert not all(torch.equal(x, start[name]) for name, x in teacher.state().items())

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from opsd import manifest
+from opsd.checkpoint import Checkpoint
 from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
 from opsd.loading import load_model
@@ -18,13 +20,25 @@ from opsd.sampling import Sampling
 from opsd.shelf import Shelf
 
 
-def finished_run(run_dir: Path) -> tuple[Config, Path]:
-    """The config of a run directory and its newest checkpoint. Raises `InputError` when there is none."""
+def finished_run(run_dir: Path, best: bool = False) -> tuple[Config, Path]:
+    """The config of a run directory and its newest checkpoint, or its best. Raises `InputError` when there is none."""
     config = load_config(run_dir / "config.yaml")
-    last = Shelf(run_dir / "checkpoints").newest()
-    if last is None:
+    shelf = Shelf(run_dir / "checkpoints")
+    found = _best(shelf, config) if best else shelf.newest()
+    if found is None:
         raise InputError("a checkpoint to evaluate", "none", file=run_dir / "checkpoints")
-    return config, last.path
+    return config, found.path
+
+
+def _best(shelf: Shelf, config: Config) -> Checkpoint | None:
+    """By what the run kept it for."""
+    by = config.checkpoint.best
+    if by == "none":
+        raise InputError("a run with checkpoint.best=accuracy or loss", "none", file=shelf.folder, field="--checkpoint")
+    found = shelf.best(by)
+    if found is not None and (damage := manifest.damage(found.path)) is not None:
+        raise InputError("an intact checkpoint", damage, file=found.path)
+    return found
 
 
 def load_student(config: Config, checkpoint_path: Path | None) -> LanguageModel:

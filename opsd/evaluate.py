@@ -69,7 +69,7 @@ def percent(result: Accuracy) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    config, newest = finished_run(args.run_dir)
+    config, newest = finished_run(args.run_dir, best=args.checkpoint == "best")
     rows = read_examples(args.data, config.data, held_out=True)
     model = load_student(config, newest)
     builder = PromptBuilder(model.processor, config.prompts, config.media)
@@ -106,11 +106,17 @@ def main(argv: list[str] | None = None) -> int:
         return command.main(words[1:])
     made = argparse.ArgumentParser(
         prog="python -m opsd.evaluate",
-        description="Accuracy of a run's newest checkpoint on held-out rows, greedy, without rationale.",
+        description="Accuracy of a run's newest or best checkpoint on held-out rows, greedy, without rationale.",
         epilog="python -m opsd.evaluate mer-unibench --help: the nine test sets of MER-UniBench",
         allow_abbrev=False,
     )
-    made.add_argument("run_dir", type=Path, help="a run of opsd.train; its newest checkpoint is evaluated")
+    made.add_argument("run_dir", type=Path, help="a run of opsd.train")
+    made.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="the newest (default), or the best on data.validation of a run with checkpoint.best",
+    )
     made.add_argument("--data", type=Path, required=True, help="rows (JSONL); rationales are not read")
     made.add_argument("--out", type=Path, help="answers (JSONL); default RUN_DIR/predictions-<data name>.jsonl")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")

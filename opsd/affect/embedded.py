@@ -23,7 +23,7 @@ from typing import Any, Final
 from opsd.affect.clips import TEST, TRAIN, VALIDATION, every_text, write_split
 from opsd.affect.tiny import TinySize, build
 from opsd.config import Config, PromptsConfig, load_config, read_yaml
-from opsd.errors import writing
+from opsd.errors import InputError, writing
 
 HERE: Final = Path(__file__).parent
 CACHE: Final = Path("runs/cache")
@@ -38,6 +38,7 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
 
     train: the trainer, which also runs the cold start.
     """
+    _check_own(words)
     base = {**read_yaml(HERE / "embedded.yaml")[0], "model": {"path": "."}}
     seed = load_config(None, words, base).train.seed  # a mistake in `words` is told before anything is built
     folder = (cache / f"embedded-{_key(seed)}").absolute()
@@ -49,6 +50,16 @@ def prepare(words: Sequence[str], train: Callable[[Config], Any], cache: Path = 
             print("first run: drawing clips and cold-starting a small model, once", flush=True)
             _build(folder, train, seed)
     return config
+
+
+def _check_own(words: Sequence[str]) -> None:
+    """Rows or a model of the user's are not to be trained with this job's settings."""
+    for key in (word.partition("=")[0] for word in words):
+        if key in ("model.path", "data.train", "data.validation", "data.test"):
+            raise InputError(
+                "a config file", f"{key} alone", file="command line", field=key,
+                hint="without a config file the embedded job runs, on its own rows and model; examples/ has configs",
+            )  # fmt: skip
 
 
 def _cold_start_rows(rows: Path, label_template: str) -> Path:

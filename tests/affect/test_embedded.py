@@ -81,6 +81,13 @@ def test_a_mistake_is_told_before_anything_is_built(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("word", ["data.train=mine.jsonl", "data.test=mine.jsonl", "model.path=mine"])
+def test_rows_and_models_of_a_user_want_a_config_file(tmp_path: Path, word: str) -> None:
+    with pytest.raises(InputError, match="expected a config file"):
+        embedded.prepare([word, "train.steps=3"], Trainer(), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_key_follows_what_determines_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     key = embedded._key(0)
     assert key == embedded._key(0) != embedded._key(1)

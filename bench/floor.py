@@ -18,6 +18,9 @@ rates, instead of taking them from here. Nothing in this table was measured.
 """
 
 import argparse
+import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 
@@ -78,7 +81,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--width", type=int, nargs="+", default=[1024, 2048, 2560, 4096])
     args = parser.parse_args()
-    print("\n".join(table(args.tokens, args.vocab, args.width)))
+    lines = table(args.tokens, args.vocab, args.width)
+    with suppress(BrokenPipeError):
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at the exit either
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,15 @@ def test_what_is_not_python_is_package_data() -> None:
     shipped = {path for pattern in ast.literal_eval(found[1])["opsd"] for path in (ROOT / "opsd").glob(pattern)}
     files = {path for path in (ROOT / "opsd").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path for path in files if path.suffix != ".py"} == {path for path in shipped if path.suffix != ".py"}
+
+
+@pytest.mark.parametrize("package", ["kernels/opsd_kernels", "opsd"])
+def test_the_readme_lists_every_file(package: str) -> None:
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Files\n")[1].split("```")[1]
+    names = re.findall(r"[\w*/]+(?:\.py|/)(?!\w)", listed)
+    found = [path for path in (ROOT / package).iterdir() if path.name not in ("__init__.py", "__pycache__")]
+    wanted = {
+        path.name if path.is_file() else f"{path.name}/" for path in found if path.is_dir() or path.suffix == ".py"
+    }
+    missing = {name for name in wanted if not any(fnmatch(name, listed_name) for listed_name in names)}
+    assert not missing, f"say in the README what these are: {sorted(missing)}"

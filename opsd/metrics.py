@@ -21,7 +21,9 @@ _PHASES = {"distill": PHASES, "reward": ("rollout", "student"), "sft": ("student
 class Sums:
     """Sums of one step over its micro-batches; they stay on the device until they are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, logged: bool = False) -> None:
+        """logged: a line of metrics.jsonl will tell of them, so that what costs something is measured too."""
+        self.logged = logged
         self._sums: dict[str, Tensor | float] = {}
         self._largest: list[Tensor] = []  # divergence of a token, of every micro-batch
         self._divergences: list[tuple[Group, Tensor]] = []
@@ -62,7 +64,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
     Per token: divergence, entropies and entropy_gap |H_S - H_T| (nats), top1_agreement, the share on which both sides
-    find the same token likeliest, and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
+    find the same token likeliest, topk_overlap, the share of their 16 likeliest that both have (opsd.objectives.overlap;
+    32 tokens of a pass), and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
     is that of a single token: the tail that a mean hides. Per response: accuracy, format, truncated (no end came),
     response_length (tokens), and leak_rate, the share that speaks of what only the teacher sees. skipped_updates: left
     out since the last line; partial_updates: those of them in which some weights moved (optim.in_backward).
@@ -84,10 +87,20 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     counts = run.world.sum(counts)
     skipped, in_a_row = run.optimizer.skipped.take()
     tokens, responses = values.pop("tokens"), values.pop("responses")
+    if overlapping := values.pop("overlap_tokens", 0.0):
+        values["topk_overlap"] = values["topk_overlap"] * tokens / overlapping
     record = {"step": step, "loss": values.pop("loss"), "response_length": tokens / responses}
     for name in ("grad_norm", "lr"):
         record[name] = values.pop(name)
-    per_token = ("divergence", "student_entropy", "teacher_entropy", "entropy_gap", "top1_agreement", "clipped")
+    per_token = (
+        "divergence",
+        "student_entropy",
+        "teacher_entropy",
+        "entropy_gap",
+        "top1_agreement",
+        "clipped",
+        "topk_overlap",
+    )
     record |= {name: value / (tokens if name in per_token else responses) for name, value in values.items()}
     if (largest := sums.largest_divergence()) is not None:
         record["divergence_max"] = run.world.largest(largest)

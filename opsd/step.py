@@ -21,6 +21,7 @@ from opsd.leaks import answer_leaks
 from opsd.metrics import Sums
 from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
+from opsd.objectives.overlap import topk_overlap
 from opsd.objectives.reward import clipped_loss, reward_loss
 from opsd.objectives.sft import sft_loss
 from opsd.responses import Responses
@@ -100,6 +101,9 @@ def learn(run: Run, group: Group, target: tuple[Tensor, Head | None] | None, sum
         assert target is not None
         loss, tokens = distill_loss(hidden, head, *target, weights, objective)
         sums.tokens(group, tokens)
+        if sums.logged:
+            overlap = topk_overlap(hidden, head, *target)
+            sums.add(topk_overlap=overlap.sum(), overlap_tokens=len(overlap))
         if objective.alpha > 0:  # a branch: alpha = 0 is pure distillation to the bit
             assert group.advantages is not None
             loss = loss + objective.alpha * reward_loss(logprobs(), group.advantages, responses.lengths, weights)

@@ -61,7 +61,7 @@ def train(config: Config, resume: bool = False, world: World | None = None, stop
 
 def gradients(run: Run, group: Group, step: int) -> Sums:
     """Those of one update, pass by pass."""
-    sums, parts = Sums(), passes(run, group)
+    sums, parts = Sums(due(step + 1, run.config.log.every, run.config.train.steps)), passes(run, group)
     for part in parts:
         with run.clock.phase("teacher"):
             target = teach(run, part)

@@ -64,8 +64,8 @@ def log_step(run: Run, step: int, sums: Sums, group: Group) -> None:
     """One line of metrics.jsonl after `step` updates, and now and then some sampled responses.
 
     Per token: divergence, entropies and entropy_gap |H_S - H_T| (nats), top1_agreement, the share on which both sides
-    find the same token likeliest, topk_overlap, the share of their 16 likeliest that both have (opsd.objectives.overlap;
-    32 tokens of a pass), and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
+    find the same token likeliest, topk_overlap, the share of their 16 likeliest that both have (32 tokens of a pass,
+    opsd.objectives.overlap), and clipped, the share to which the ratio's clip leaves no gradient. divergence_max
     is that of a single token: the tail that a mean hides. Per response: accuracy, format, truncated (no end came),
     response_length (tokens), and leak_rate, the share that speaks of what only the teacher sees. skipped_updates: left
     out since the last line; partial_updates: those of them in which some weights moved (optim.in_backward).

@@ -3,8 +3,8 @@
     overlap_t = |top_k(P_S(. | c_S, y_<t)) and top_k(P_T(. | c_T, y_<t))| / k          k = 16
 
 1 where both sides think of the same k tokens, whatever they think of them; k / V by chance. Where few of the teacher's
-tokens are among the student's own, a divergence on the student's trajectory has little to teach it: runs that succeed come to
-share them (Rethinking On-Policy Distillation, arXiv 2604.13016).
+tokens are among the student's own, a divergence on the student's trajectory has little to teach it: runs that
+succeed come to share them (Rethinking On-Policy Distillation, arXiv 2604.13016).
 """
 
 from __future__ import annotations

@@ -50,9 +50,11 @@ def load_image(path: Path) -> Image.Image:
 def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     """(samples,) float32 mono in [-1, 1] at `sampling_rate` Hz, from the first audio stream of any container.
 
-    Raises `MediumError` naming the file when there is no such stream, it does not decode, or it is empty.
+    Raises `MediumError` naming the file when there is no such stream, it does not decode, it is empty, or a WAV holds
+    less than nine tenths of what its header says, which FFmpeg reads as a shorter one.
     """
     try:
+        _whole_wav(path)
         with av.open(str(path)) as container:
             if not container.streams.audio:
                 raise MediumError("a file with sound", "no audio stream", file=path)
@@ -102,6 +104,15 @@ def load_video(path: Path, frames: int) -> Video:
             return Video(np.stack(pictures), tuple(time - start for time, _ in kept), length)
     except (FFmpegError, OSError, ValueError) as error:
         raise MediumError("a video that can be decoded", _reason(error), file=path) from error
+
+
+def _whole_wav(path: Path) -> None:
+    """Raises MediumError for a WAV that was cut. One that was written to a pipe claims 0 bytes, or about 2 or 4 GiB."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    claimed, held = int.from_bytes(head[4:8], "little"), path.stat().st_size
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and held < 0.9 * claimed and claimed < 2**31 - 2**16:
+        raise MediumError("sound that can be decoded to its end", f"{held:,} of {claimed:,} bytes", file=path)
 
 
 def _claimed(container: Any, stream: Any, start: float) -> float | None:

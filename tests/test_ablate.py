@@ -196,7 +196,12 @@ def test_an_arm_is_a_process_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "status, ours, said", [(2, 2, "expected the arm to finish; found exit status 2"), (130, 130, "interrupted")]
+    "status, ours, said",
+    [
+        (2, 2, "expected the arm to finish; found exit status 2"),
+        (0, 2, "expected the arm to finish; found it was stopped"),
+        (130, 130, "interrupted"),
+    ],
 )
 def test_an_arm_that_dies_ends_the_command(tmp_path, monkeypatch, capsys, status, ours, said):
     text_job(tmp_path)

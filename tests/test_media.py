@@ -70,6 +70,16 @@ def test_bad_audio(tmp_path: Path, content: bytes) -> None:
         load_audio(path, RATE)
 
 
+def test_a_wav_that_was_cut_is_told_from_a_short_one(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(RATE, 300, 2.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"a\.wav: expected sound .* to its end; found 32,022 of 64,036 bytes"):
+        load_audio(path, RATE)
+    path.write_bytes(whole[:4] + b"\xff\xff\xff\xff" + whole[8:])  # as written to a pipe
+    assert len(load_audio(path, RATE)) == 2 * RATE
+
+
 def test_audio_files_without_sound(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.wav: expected sound that can be decoded; found no samples"):
         load_audio(write_wav(tmp_path / "a.wav", np.zeros(0)), RATE)

@@ -103,10 +103,9 @@ def _train(config: Config) -> None:
     status = subprocess.run(command).returncode
     if status == 130:
         raise KeyboardInterrupt
-    if status:
-        raise InputError(
-            "the arm to finish", f"exit status {status}", file=config.train.run_dir, hint="the same command goes on"
-        )
+    if status or not is_finished(config):  # one that is asked to stop ends well all the same
+        found = f"exit status {status}" if status else "it was stopped"
+        raise InputError("the arm to finish", found, file=config.train.run_dir, hint="the same command goes on")
 
 
 def _write(path: Path, text: str) -> None:

@@ -213,6 +213,19 @@ def test_items_that_are_no_list(tmp_path, items):
         read_items(path, ["a"])
 
 
+def test_a_clip_that_stands_twice(tmp_path):
+    path = write_predictions(tmp_path, "meld", "c-openset", filenames=["a", "b", "a"], fileitems=["[x]", "[y]", "[z]"])
+    with pytest.raises(InputError, match="field 'filenames': expected every clip once; found 'a' twice"):
+        read_items(path, ["a"])
+
+
+@pytest.mark.parametrize("response", [None, float("nan"), ["glad"]])
+def test_a_response_that_is_no_text(tmp_path, response):
+    path = write_predictions(tmp_path, "meld", "c", name2reason=np.array({"a": response}, dtype=object))
+    with pytest.raises(InputError, match="field 'name2reason': expected text for clip 'a'; found"):
+        read_responses(path, ["a"])
+
+
 def test_items_that_do_not_pair_up(tmp_path):
     path = write_predictions(tmp_path, "meld", "c-openset", filenames=["a", "b"], fileitems=["[x]"])
     with pytest.raises(InputError, match="field 'fileitems': expected 2 items, one per clip; found 1"):

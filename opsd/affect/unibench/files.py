@@ -78,7 +78,11 @@ def read_responses(path: Path, clips: Iterable[str]) -> dict[str, str]:
     (responses,) = read_npz(path, "name2reason")
     if not isinstance(responses, dict):
         raise InputError("a dictionary", type(responses).__name__, file=path, field="name2reason")
-    return {name: str(text) for name, text in _select(path, "name2reason", responses, clips).items()}
+    wanted = _select(path, "name2reason", responses, clips)
+    for name, text in wanted.items():
+        if not isinstance(text, str):
+            raise InputError(f"text for clip {name!r}", repr(text), file=path, field="name2reason")
+    return {name: str(text) for name, text in wanted.items()}
 
 
 def read_items(path: Path, clips: Iterable[str]) -> dict[str, Any]:
@@ -89,7 +93,12 @@ def read_items(path: Path, clips: Iterable[str]) -> dict[str, Any]:
             raise InputError("one entry per clip", type(found).__name__, file=path, field=array)
     if len(names) != len(items):
         raise InputError(f"{len(names)} items, one per clip", f"{len(items)}", file=path, field="fileitems")
-    return _select(path, "filenames", dict(zip(map(str, names), items, strict=True)), clips)
+    by_name: dict[str, Any] = {}
+    for name, item in zip(map(str, names), items, strict=True):
+        if name in by_name:
+            raise InputError("every clip once", f"{name!r} twice", file=path, field="filenames")
+        by_name[name] = item
+    return _select(path, "filenames", by_name, clips)
 
 
 def usable(path: Path, extractor: str, source: str) -> bool:

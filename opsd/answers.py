@@ -12,6 +12,7 @@ from opsd import manifest
 from opsd.checkpoint import Checkpoint
 from opsd.config import Config, RolloutConfig, load_config
 from opsd.errors import InputError
+from opsd.fit import Budget
 from opsd.loading import load_model
 from opsd.model import LanguageModel
 from opsd.prompts import Prompt
@@ -48,13 +49,21 @@ def load_student(config: Config, checkpoint_path: Path | None) -> LanguageModel:
     return load_model(config.model, checkpoint=checkpoint_path, engine=config.engine)
 
 
-def answer(model: LanguageModel, prompts: Iterable[Prompt], batch_size: int, config: RolloutConfig) -> list[str]:
+def answer(
+    model: LanguageModel,
+    prompts: Iterable[Prompt],
+    batch_size: int,
+    config: RolloutConfig,
+    budget: Budget | None = None,
+) -> list[str]:
     """Greedy answers, one per prompt, of the length and to the stop strings of a rollout.
 
-    No more prompts are taken at a time than are answered together.
+    No more prompts are taken at a time than are answered together. budget: of the passes over them.
     """
     sampling = Sampling.greedy(config.max_new_tokens, config.stop)
-    rollouts = Rollouts(model, config.slots, config.graphs)  # its graphs are of the weights the model wears now
+    rollouts = Rollouts(
+        model, config.slots, config.graphs, budget=budget
+    )  # its graphs are of the weights the model wears now
     texts: list[str] = []
     coming = iter(prompts)
     while batch := list(islice(coming, batch_size)):

@@ -41,7 +41,7 @@ def measure(run: Any, step: int) -> None:
             build = getattr(run.prompts, view)
             prompts = (build(row) for row in run.prompts.ahead(whole, [view]))
             with weights, run.model.gathered():  # once: the processes may have different numbers of batches
-                texts = answer(run.model, prompts, config.batch_size, run.config.rollout)
+                texts = answer(run.model, prompts, config.batch_size, run.config.rollout, run.budget)
             told = {row.id: _read_off(text, row) for text, row in zip(texts, whole, strict=True)}
             read = [one for one in run.world.gather([told.get(row.id) for row in own]) if one is not None]
             if not read:

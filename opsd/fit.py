@@ -63,6 +63,24 @@ def within_memory(
     largest: tokens of the largest pass under the budget. start_again: undo what the attempt has left behind, or raise.
     Raises InputError where the second attempt fails the same way, or where passes cannot be smaller.
     """
+
+    def smaller() -> str:
+        before = largest()
+        budget.halve(before)
+        if largest() >= before:
+            raise _too_little(f"out of memory in a pass of {before} tokens, which cannot be divided")
+        start_again()
+        budget.keep()
+        return f"out of memory in passes of {before} tokens, and of {budget.tokens}"
+
+    return retried(attempt, smaller, device)
+
+
+def retried(attempt: Callable[[], T], smaller: Callable[[], str], device: torch.device) -> T:
+    """attempt(); where it runs out of memory, once more from the same random state.
+
+    smaller: what makes the second attempt one, and tells what will have failed if that fails too.
+    """
     state = random_state(device)
     try:
         return attempt()
@@ -70,12 +88,7 @@ def within_memory(
         if not out_of_memory(error):
             raise
     # outside of the handler: the error's traceback would keep the tensors of the attempt alive
-    before = largest()
-    budget.halve(before)
-    if largest() >= before:
-        raise _too_little(f"out of memory in a pass of {before} tokens, which cannot be divided")
-    start_again()
-    budget.keep()
+    failed = smaller()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -85,7 +98,7 @@ def within_memory(
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise _too_little(f"out of memory in passes of {before} tokens, and of {budget.tokens}") from None
+        raise _too_little(failed) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Span = tuple[int, int]  # first token, number of tokens
 
 
@@ -124,6 +126,19 @@ def units(prompt_lengths: Sequence[int], owners: Sequence[int], lengths: Sequenc
         if open_:
             made.append(Unit(prompt, tuple(open_), tokens))
     return made
+
+
+def in_passes(items: Sequence[T], sizes: Sequence[int], budget: int) -> list[list[T]]:
+    """The items in their order, in runs whose sizes sum to at most the budget; a larger item is alone."""
+    runs: list[list[T]] = []
+    room = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not runs or size > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(item)
+        room -= size
+    return runs
 
 
 def first_fit_decreasing(sizes: Sequence[int], budget: int) -> list[list[int]]:

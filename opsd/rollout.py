@@ -6,6 +6,7 @@ next ones take their slots, so that a long response holds up nobody.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from opsd.decode import Room, Slots
 from opsd.draw import Draw
 from opsd.engine import prefill
 from opsd.few_rows import few_rows
+from opsd.fit import Budget, retried
 from opsd.graphs import Graphs, obstacle
 from opsd.model import LanguageModel
+from opsd.packing import in_passes
 from opsd.prefix_entry import Stored
 from opsd.prompts import Prompt
 from opsd.responses import Responses
@@ -36,10 +39,20 @@ class Rollouts:
     """A model that answers. On CUDA it keeps its buffers from call to call, and the graphs captured on them.
 
     slots: responses decoded at a time. graphs: capture decode steps (CUDA only). share_prefix: False is the plain twin.
+    budget: of the passes over prompts, in tokens; a prompt is never divided. A rollout that runs out of memory is done
+    once more with half the slots in passes of half the tokens, here and later: its responses depend on neither.
     """
 
-    def __init__(self, model: LanguageModel, slots: int = 64, graphs: bool = True, share_prefix: bool = True):
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int = 64,
+        graphs: bool = True,
+        share_prefix: bool = True,
+        budget: Budget | None = None,
+    ):
         self.model, self.slots, self.share_prefix = model, slots, share_prefix
+        self.budget, self._most = budget, sys.maxsize
         self.graphs = graphs and _capturable(model)
         self._kept: tuple[tuple[Room, Sampling], Slots, Graphs] | None = None
 
@@ -53,7 +66,27 @@ class Rollouts:
         with self.model.mode(train=False), self.model.gathered(), few_rows(self.model.module):
             if not self.share_prefix:
                 return _plain(self.model, prompts, sampling, seeds)
-            return _Loop(self, prompts, sampling, seeds).run()
+            before = replace(self.model.tokens)
+
+            def smaller() -> str:
+                self.model.tokens = before
+                return self._halve(len(prompts) * sampling.group_size, sum(prompt.length for prompt in prompts))
+
+            return retried(lambda: _Loop(self, prompts, sampling, seeds).run(), smaller, self.model.device)
+
+    @property
+    def tokens(self) -> int:
+        """Of a pass over prompts, at most."""
+        return self._most if self.budget is None else min(self._most, self.budget.tokens)
+
+    def _halve(self, responses: int, tokens: int) -> str:
+        """Half of what a rollout of so many responses to prompts of so many tokens had at a time."""
+        slots, self._kept = min(self.slots, responses), None
+        self.slots, self._most = max(1, slots // 2), max(1, min(self.tokens, tokens) // 2)
+        if self.budget is not None:
+            self.budget.retries += 1
+        say_once(f"out of memory: rollouts decode at most {self.slots} responses at a time from here on")
+        return f"out of memory in a rollout of {slots} responses at a time, and of {self.slots}"
 
     def board(self, room: Room, sampling: Sampling, like: Stored) -> tuple[Slots, Graphs]:
         """Device tensors with this much room."""
@@ -162,14 +195,14 @@ class _Loop:
         return entering
 
     def _open_lanes(self, fresh: list[int]) -> None:
-        if not fresh:
-            return
-        for prompt, stored in zip(fresh, prefill(self.model, [self.prompts[i] for i in fresh]), strict=True):
-            if self.slots is None:
-                self.slots, self.graphs = self.owner.board(self.room, self.sampling, stored)
-                self.slots.draw.reset(self.seeds)
-            lane = self.lanes[prompt] = _Lane(self.free_lanes.pop(0), replace(stored, keys=[], values=[]), self.group)
-            self.slots.let_in(lane.place, stored)
+        for some in in_passes(fresh, [self.prompts[i].length for i in fresh], self.owner.tokens):
+            for prompt, stored in zip(some, prefill(self.model, [self.prompts[i] for i in some]), strict=True):
+                if self.slots is None:
+                    self.slots, self.graphs = self.owner.board(self.room, self.sampling, stored)
+                    self.slots.draw.reset(self.seeds)
+                bare = replace(stored, keys=[], values=[])
+                lane = self.lanes[prompt] = _Lane(self.free_lanes.pop(0), bare, self.group)
+                self.slots.let_in(lane.place, stored)
 
     def _begin(self, entering: list[tuple[int, int]]) -> None:
         assert self.slots is not None

@@ -188,12 +188,13 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
     if last is not None:
         checkpoint.restore(last, optimizer, teacher)
     start = last.step if last is not None else 0
+    budget = _budget(config, directory, model, train, prompts, world)
     return Run(
         train,
         held_out,
         prompts,
         model,
-        _rollouts(config, model, directory, world),
+        _rollouts(config, model, directory, world, budget),
         teacher,
         _teacher_cache(config, model),
         optimizer,
@@ -207,17 +208,19 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
         progress=make_progress(config.log.progress if world.main else "none", config.train.steps),
         world=world,
         stop=Stop(),
-        budget=_budget(config, directory, model, train, prompts, world),
+        budget=budget,
     )
 
 
-def _rollouts(config: Config, model: LanguageModel, directory: RunDir, world: World) -> Rollouts | ServedRollouts:
+def _rollouts(
+    config: Config, model: LanguageModel, directory: RunDir, world: World, budget: Budget
+) -> Rollouts | ServedRollouts:
     rollout = config.rollout
     if rollout.server and config.objective.kind != "sft":
         digest = hashlib.sha256(str(directory.path).encode()).hexdigest()[:8]
         name, folder = f"opsd-{directory.path.name}-{digest}", rollout.server_folder or directory.path / "served"
         return ServedRollouts(model, rollout.server, folder, name, world)
-    return Rollouts(model, rollout.slots, rollout.graphs, config.engine.share_prefix)
+    return Rollouts(model, rollout.slots, rollout.graphs, config.engine.share_prefix, budget)
 
 
 def run_dirs(name: str, root: Path = Path("runs")) -> list[Path]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+import opsd.rollout
 from opsd.data import read_examples
 from opsd.engine import response_hidden
+from opsd.errors import InputError
+from opsd.fit import Budget
 from opsd.loading import load_model
 from opsd.objectives.logprobs import token_logprobs
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
-from opsd.rollout import decode, rollout
+from opsd.rollout import Rollouts, decode, rollout
 from opsd.sampling import Sampling
 from tests.jobs import text_job
 
@@ -105,3 +108,51 @@ def test_logprobs_are_those_of_the_model_that_is_trained(setting):
     want = token_logprobs(hidden, model.head, out.packed_tokens)
     got = out.logprobs.flatten().index_select(0, out.packed_index)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+class Full:
+    """`prefill` on a device that is full at the given calls, counted from 0; it keeps the tokens of each."""
+
+    def __init__(self, monkeypatch, *at: int):
+        self.at, self.sizes, self.prefill = at, list[int](), opsd.rollout.prefill
+        monkeypatch.setattr(opsd.rollout, "prefill", self)
+
+    def __call__(self, model, prompts):
+        self.sizes.append(sum(prompt.length for prompt in prompts))
+        stored = self.prefill(model, prompts)
+        if len(self.sizes) - 1 in self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stored
+
+
+def test_prompts_are_computed_within_the_budget_and_answers_stay_what_they_are(setting, monkeypatch, tmp_path):
+    model, prompts = setting
+    seeds, sampling = list(range(len(prompts))), Sampling(2, 8)
+    full = Full(monkeypatch)
+    whole = rollout(model, prompts, sampling, seeds)
+    assert len(full.sizes) == 1
+    longest = max(prompt.length for prompt in prompts)
+    for tokens in (2 * longest, 1):
+        full.sizes.clear()
+        found = rollout(model, prompts, sampling, seeds, budget=Budget(tokens, tmp_path / "passes.json"))
+        assert max(full.sizes) <= max(tokens, longest) and sum(full.sizes) == sum(p.length for p in prompts)
+        assert token_lists(found) == token_lists(whole)
+        torch.testing.assert_close(found.packed_logprobs, whole.packed_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rollout_that_runs_out_of_memory_is_done_once_more_at_half_the_size(setting, monkeypatch, tmp_path):
+    model, prompts = setting
+    seeds, sampling = list(range(len(prompts))), Sampling(2, 8)
+    model.tokens.take()
+    whole = rollout(model, prompts, sampling, seeds)
+    counts = model.tokens.take()
+    full, budget = Full(monkeypatch, 0), Budget(1000, tmp_path / "passes.json")
+    rollouts = Rollouts(model, slots=6, budget=budget)
+    found = rollouts(prompts, sampling, seeds)
+    assert token_lists(found) == token_lists(whole) and model.tokens.take() == counts
+    assert rollouts.slots == 3 and budget.retries == 1 and budget.tokens == 1000, "training has its own passes"
+    assert max(full.sizes[1:]) <= sum(prompt.length for prompt in prompts) // 2
+
+    Full(monkeypatch, 0, 1)
+    with pytest.raises(InputError, match="out of memory in a rollout of 3 responses at a time, and of 1"):
+        rollouts(prompts, sampling, seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from opsd.plan.outline import outline
 from opsd.plan.plan import Plan, make_plan, room
 from opsd.plan.shapes import Shapes
 from opsd.plan.stand_ins import workspace_bytes
+from opsd.plan.table import verdict
 from opsd.plan.workload import Longest, Workload
 from tests.jobs import base_words, text_job
 
@@ -219,6 +221,13 @@ def dry(config: Config, folder: Path, *flags: str) -> int:
     """The exit status of a dry run of a config in a file."""
     dump_config(config, folder / "config.yaml")
     return opsd.train.main([str(folder / "config.yaml"), "--dry-run", *flags])
+
+
+def test_a_budget_that_fits_is_not_told_to_be_too_large():
+    """Passes of at most 8192 tokens have 7096 where the responses of a prompt stay together."""
+    phases = {"student": Counter({WEIGHTS: 50})}
+    assert verdict(Plan(phases, 8192, 100, 7096, 20_000), "student")[-1].endswith(": 8192")
+    assert verdict(Plan(phases, 9000, 40, 7096, 20_000), "student")[-1].endswith(": 7096")
 
 
 def test_a_dry_run_shows_prompts_and_table(tmp_path, capsys):

@@ -39,8 +39,9 @@ def verdict(plan: Plan, fullest: str) -> list[str]:
         lines.append("no engine.token_budget fits: not even one response with its prompt does")
     elif plan.largest >= plan.whole:
         lines.append(f"largest engine.token_budget that fits: {plan.whole}, the whole step in one pass")
-    else:
-        lines.append(f"largest engine.token_budget that fits: {plan.largest}")
+    else:  # a budget that fits may be above the largest pass it makes
+        largest = max(plan.largest, plan.budget) if plan.fits else plan.largest
+        lines.append(f"largest engine.token_budget that fits: {largest}")
     return lines
 
 

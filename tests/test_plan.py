@@ -184,6 +184,9 @@ def test_what_a_knob_moves(tmp_path):
     assert lines("model.activation_checkpointing=true")["student"][ACTIVATIONS] < full["student"][ACTIVATIONS]
     assert lines("engine.token_budget=100")["student"][ACTIVATIONS] < full["student"][ACTIVATIONS]
     assert lines("rollout.max_new_tokens=200")["rollout"].total() > full["rollout"].total()
+    long, few = Shape(400, 10, 2, 3), "rollout.max_new_tokens=2"
+    some, every = (planned(text_job(tmp_path, few, f"engine.token_budget={n}"), long).phases for n in (420, 4096))
+    assert some["rollout"].total() < every["rollout"].total(), "a prompt at a time"
     assert "teacher" not in lines("objective.kind=sft") and "teacher" not in lines("objective.kind=reward")
 
 

@@ -47,15 +47,17 @@ def make_plan(config: Config, model: LanguageModel, work: Workload, cuda: bool, 
     fixed = rehearsal.fixed()
     resting = _resting(config, model, work, cuda)
 
-    @cache
-    def phases(tokens: int) -> Phases:
-        return {name: _with(phase, resting) for name, phase in (fixed | rehearsal.passes(tokens)).items()}
+    passes = cache(rehearsal.passes)
+
+    def phases(budget: int) -> Phases:
+        found = fixed | rehearsal.rollouts(budget) | passes(work.largest_pass(budget))
+        return {name: _with(phase, resting) for name, phase in found.items()}
 
     asked = config.engine.token_budget
     first = work.largest_pass(asked) if isinstance(asked, int) else work.smallest
     largest = _largest(work.passes, lambda tokens: _peak(phases(tokens)), room(memory), first)
     budget = asked if isinstance(asked, int) else largest or work.smallest
-    return Plan(phases(work.largest_pass(budget)), budget, memory, largest, work.tokens)
+    return Plan(phases(budget), budget, memory, largest, work.tokens)
 
 
 def _largest(sizes: Sequence[int], peak_of: Callable[[int], int], limit: int, first: int) -> int | None:

@@ -55,27 +55,36 @@ class Rehearsal:
             p.register_post_accumulate_grad_hook(self._whole)
         self._frees = False  # whether a gradient goes as soon as it is whole
         store = PrefixStore(model.device, [self._tier()], dtype=config.engine.prefix_dtype)
+        self._filling = Counter[str]()  # the cache of a teacher, with a pass of one response
+        self._rollouts: dict[tuple[Sampling, int], Counter[str]] = {}
         self.cache = TeacherCache(store) if self._keeps_prefixes() else None
 
     def fixed(self) -> Phases:
         """The phases that no token budget changes."""
-        update = self._update()
+        return {"update": self._update()}
+
+    def rollouts(self, budget: int) -> Phases:
+        """Of a step, and of an evaluation, which `sft` has no use for, with passes over prompts of at most `budget`."""
         if self.config.objective.kind == "sft":
-            return {"update": update}
-        phases = {"rollout": self._rollout(self.work.prompts, Sampling.of(self.config.rollout))}
+            return {}
+        asked = {"rollout": (self.work.prompts, Sampling.of(self.config.rollout))}
         if self.work.held_out:
             evaluated = (self.work.views or self.work.prompts)[:1] * self.config.evaluate.batch_size
-            phases["evaluation"] = self._rollout(evaluated, Sampling.greedy(self.work.length))
-        return {**phases, "update": update}
+            asked["evaluation"] = evaluated, Sampling.greedy(self.work.length)
+        return {name: self._rollout(*one, budget) for name, one in asked.items()}
 
     def passes(self, budget: int) -> Phases:
         """Teacher and student over the largest pass of at most `budget` tokens."""
         parts = split(self.work.group(), budget)
         part = max(parts, key=lambda part: part.tokens)
         phases, target = Phases(), None
-        if self.work.views is not None:
-            with self.ledger.phase() as phases["teacher"]:
+        if self.teacher is not None:
+            if self.cache is not None and self.teacher.updates is None and not self._filling:  # once, then found
+                with self.ledger.phase() as self._filling:
+                    self._scores(split(self.work.group(), 1)[0])
+            with self.ledger.phase() as found:
                 target = self._scores(part)
+            phases["teacher"] = max(found, self._filling, key=Counter.total)
         self._frees = self.config.optim.in_backward and len(parts) == 1
         phases["student"] = self._student(part, target, len(parts) > 1)
         if self._frees:
@@ -111,36 +120,47 @@ class Rehearsal:
         for p in self.model.trainable().values():
             p.grad = None
 
+    def _rollout(self, prompts: tuple[Prompt, ...], sampling: Sampling, budget: int) -> Counter[str]:
+        """As of `_decoded`, remembered by what a budget changes."""
+        per_pass = max(1, min(budget // prompts[0].length, len(prompts)))
+        key = sampling, per_pass
+        if key not in self._rollouts:
+            self._rollouts[key] = self._decoded(prompts, sampling, per_pass)
+        return self._rollouts[key]
+
     @torch.no_grad()
-    def _rollout(self, prompts: tuple[Prompt, ...], sampling: Sampling) -> Counter[str]:
-        """As opsd.rollout does it: some prompts at once, room for them, a step at full length, the next prompts."""
+    def _decoded(self, prompts: tuple[Prompt, ...], sampling: Sampling, per_pass: int) -> Counter[str]:
+        """As opsd.rollout does it: some prompts, room for all, the others, a step at full length, the next prompts.
+
+        per_pass: prompts, all of one length, that are computed together.
+        """
         total = len(prompts) * sampling.group_size
         slots = min(self.config.rollout.slots, total)
         at_once = -(-slots // sampling.group_size)
         room = Room(slots, min(len(prompts), 2 * at_once), max(prompt.length for prompt in prompts), total)
         with self.ledger.phase() as seen, self.model.mode(train=False):
-            stored = prefill(self.model, prompts[:at_once])
-            with self.ledger.under(SLOTS):
-                board = Slots(self.model, room.rounded() if self.cuda else room, sampling, stored[0])
-            for lane, one in enumerate(stored):
-                board.let_in(lane, one)
+            board = None
+            for first in range(0, min(at_once, len(prompts)), per_pass):
+                stored = prefill(self.model, prompts[first : min(first + per_pass, at_once)])
+                with self.ledger.under(SLOTS):
+                    board = board or Slots(self.model, room.rounded() if self.cuda else room, sampling, stored[0])
+                for lane, one in enumerate(stored, start=first):
+                    board.let_in(lane, one)
             del stored
+            assert board is not None
             with self.ledger.under(SLOTS):
                 board.reserve(sampling.max_new_tokens)
             positions = (board.start + board.fed).expand(self.model.axes, -1)
             hidden = self.model.forward_packed(board.token[None], positions, {}, StepShapes())
             board.draw.next(hidden, board.row, board.fed)
             if total > slots:
-                prefill(self.model, prompts[:at_once])
+                prefill(self.model, prompts[: min(per_pass, at_once)])
         return seen
 
     def _scores(self, part: Group) -> tuple[Tensor, Any]:
         assert self.teacher is not None and part.views is not None
         arguments = self.teacher, self.model, part.views, part.responses, True, self.cache, part.again or None
-        tiers = self.cache.store.memory if self.cache is not None else []
-        if self.teacher.updates is None and tiers and not any(len(tier.kept) for tier in tiers):
-            score(*arguments)  # every prompt is computed once, then found
-        for tier in tiers:
+        for tier in self.cache.store.memory if self.cache is not None else ():
             self.ledger.name((x for _, one in tier.kept.items() for x in one.tensors()), PREFIXES)
         return score(*arguments)
 

@@ -166,7 +166,7 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
             raise InputError("a label on some row", "none", file=getattr(config.data, split), field="label")
     model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
     if model.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(sum(p.nbytes for p in model.module.parameters()))
     if world.size > 1 and config.train.parallel == "fsdp":
         model.divide()
     builder = PromptBuilder(model.processor, config.prompts, config.media)

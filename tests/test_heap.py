@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # In a process of its own, as the setting is for the whole of it. Prints the page faults of four times 400 tensors of
 # 192 KiB (or another size), after enough of them that aligned blocks have found room in those freed before, and the
-# bytes that are resident, beyond the tensors, when freed ones of 1 to 15 MiB have made room for others of the same sizes.
+# bytes that are resident, beyond the tensors, when freed ones of 1 to 15 MiB have made room for others like them.
 CODE = """
 import resource, torch
 from opsd.heap import keep_freed_memory

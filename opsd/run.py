@@ -39,6 +39,7 @@ from opsd.stop import Stop
 from opsd.teacher import LiveTeacher, Teacher, build_teacher
 from opsd.teacher_cache import TeacherCache
 from opsd.world import World
+from opsd_kernels.memory import keep_workspace
 
 
 @dataclass
@@ -167,6 +168,7 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
     model = load_model(config.model, config.train.seed, last.path if last is not None else None, config.engine)
     if model.device.type == "cpu":
         keep_freed_memory(sum(p.nbytes for p in model.module.parameters()))
+        keep_workspace(False)  # a run has been planned to its resident bytes, and calls once a pass
     if world.size > 1 and config.train.parallel == "fsdp":
         model.divide()
     builder = PromptBuilder(model.processor, config.prompts, config.media)

@@ -79,7 +79,8 @@ def fused_token_kl(
     divergence: a Divergence, or its kind as a str. With a support (TopK) it is an approximation.
     token_weights: constants that multiply both value and gradient (None: ones); 0 leaves a token out, and so does
     False in a bool mask, without waiting for the device.
-    workspace_mib: budget for everything beside inputs, results and the gradients handed back.
+    workspace_mib: budget for everything beside inputs, results and the gradients handed back. On a CPU under Linux it
+    stays for the next call (memory.py).
     backend: row kernel; "auto" is triton on CUDA, native C++ on CPU, torch where those are missing (logged once).
     return_stats: also return TokenStats (stats.py), from the same pass.
     tokens: the sampled tokens, whose log-probabilities under both sides TokenStats then holds.

@@ -1,38 +1,88 @@
-"""Memory for tensors that are large, new and written once: the workspace and the head's gradient.
+"""Where a sweep gets its workspace. On a CPU it stays for the next call, and the system may take it back meanwhile.
 
-Their first touch in pages of 4 KiB takes a tenth of a whole step on a CPU; Linux hands out pages of 2 MiB where a
-program asks for them.
+Memory that a process has not touched yet is cleared by the system page by page: a tenth of a whole call, and half of
+it on virtual machines that have given free memory back to their host. A workspace that stays is cleared once. Between
+calls it is marked MADV_FREE: it counts as resident, and where memory runs short it is the first to go.
 """
 
 import ctypes
 import functools
 import mmap
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 1 << 21
+HUGE_PAGE = 1 << 21  # bytes; a smaller tensor comes from the allocator's heap, which keeps what is freed
+Empty = Callable[..., Tensor]  # (*shape, dtype=torch.float32) -> uninitialized tensor
+
+_lock = threading.Lock()
+_keeps = True
+_kept: list[Tensor] = []  # blocks of bytes that the last sweep used
 
 
-def empty(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """torch.empty, in huge pages where a CPU tensor is large enough and the system has them."""
-    x = torch.empty(*shape, device=device, dtype=dtype)
-    if device.type == "cpu":
-        _advise_huge_pages(x)
-    return x
+def keep_workspace(keep: bool) -> bool:
+    """Whether CPU workspaces stay for the next call (the default), or go when a call ends; returns what was so far.
+
+    A program that counts its resident bytes, or calls once in a long while, may not want them to stay.
+    """
+    global _keeps
+    with _lock:
+        before, _keeps = _keeps, keep
+        if not keep:
+            _kept.clear()
+    return before
 
 
-def _advise_huge_pages(x: Tensor) -> None:
-    start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    end = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if end > start and (madvise := _madvise()) is not None:
-        madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: a refusal changes nothing but speed
+@contextmanager
+def workspace(device: torch.device) -> Iterator[Empty]:
+    """What makes the tensors of one sweep on this device, which end with it."""
+    if device.type != "cpu" or not _keeps or _madvise() is None:
+        yield functools.partial(torch.empty, device=device)
+        return
+    with _lock:  # a sweep in another thread finds none, and makes its own
+        found, _kept[:] = _kept[:], []
+    used: list[Tensor] = []
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        need = torch.Size(shape).numel() * dtype.itemsize
+        if need < HUGE_PAGE:
+            return torch.empty(*shape, dtype=dtype, device=device)
+        fitting = [i for i, block in enumerate(found) if block.nbytes >= need]
+        used.append(found.pop(fitting[0]) if fitting else _block(need))
+        return used[-1][:need].view(dtype).view(shape)
+
+    try:
+        yield empty
+    finally:
+        for block in used:
+            _advise(block, mmap.MADV_FREE)
+        with _lock:
+            if _keeps:
+                _kept[:] = used
+
+
+def _block(size: int) -> Tensor:
+    block = torch.empty(size, dtype=torch.uint8)
+    _advise(block, mmap.MADV_HUGEPAGE, HUGE_PAGE)
+    return block
+
+
+def _advise(block: Tensor, advice: int, page: int = mmap.PAGESIZE) -> None:
+    """Of the whole pages of a block; a refusal changes nothing but speed."""
+    start = -(-block.data_ptr() // page) * page
+    end = (block.data_ptr() + block.nbytes) // page * page
+    madvise = _madvise()
+    if end > start and madvise is not None:
+        madvise(start, end - start, advice)
 
 
 @functools.cache
 def _madvise() -> "ctypes._NamedFuncPointer | None":
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_FREE"):
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

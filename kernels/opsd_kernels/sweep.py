@@ -105,12 +105,12 @@ def sweep(
     """Unweighted results of all tokens; weighted gradients where a tensor for them is given."""
     n, device = ops.student_hidden.shape[0], ops.student_hidden.device
     chunks, _ = plan(ops, bool(grads), grads.weight is not None)
-    work = _allocate(ops, chunks, bool(grads))
-    ops = _widened_once(ops, work.scratch)
     out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)
     scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
-    with _autocast_off(ops):
+    with memory.workspace(device) as empty, _autocast_off(ops):
+        work = _allocate(ops, chunks, bool(grads), empty)
+        ops = _widened_once(ops, work.scratch)
         for start, stop in chunks.groups():
             for first, last in chunks.chunks(start, stop):
                 pair = work.pair(last - first)
@@ -195,19 +195,18 @@ def _gradients(
         grads.bias.copy_(column_sums) if is_first else grads.bias.add_(column_sums)
 
 
-def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool) -> Workspace:
-    device, vocab = ops.student_hidden.device, ops.head.weight.shape[0]
-    grad_dtype = gemm.gradient_dtype(ops.head.weight)
+def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool, empty: memory.Empty) -> Workspace:
+    vocab, grad_dtype = ops.head.weight.shape[0], gemm.gradient_dtype(ops.head.weight)
     in_place = not with_grad or grad_dtype == torch.float32
     elements, remote = _scratch_elements(ops), ops.teacher_head.weight.device
     capped = with_grad and ops.head.softcap is not None
     return Workspace(
-        logits=memory.empty(2, chunks.rows, vocab, device=device),
-        z_remote=memory.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
-        slope=memory.empty(chunks.rows, vocab, device=device) if capped else None,
-        grad=None if in_place else memory.empty(chunks.grad_rows, vocab, device=device, dtype=grad_dtype),
-        scratch=memory.empty(elements, device=device) if elements else None,
-        scratch_remote=memory.empty(elements, device=remote) if elements and ops.is_remote else None,
+        logits=empty(2, chunks.rows, vocab),
+        z_remote=torch.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
+        slope=empty(chunks.rows, vocab) if capped else None,
+        grad=None if in_place else empty(chunks.grad_rows, vocab, dtype=grad_dtype),
+        scratch=empty(elements) if elements else None,
+        scratch_remote=torch.empty(elements, device=remote) if elements and ops.is_remote else None,
     )
 
 

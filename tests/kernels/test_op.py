@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import Divergence, Head, TopK, autograd, fused_token_kl, memory, rows
+from opsd_kernels import Divergence, Head, TopK, autograd, fused_token_kl, rows
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -352,11 +352,3 @@ def test_a_uniform_upstream_scales_the_gradients():
         _, *scaled = gradients("torch", inputs, lambda v, factor=factor: factor * v.sum())
         for a, b in zip(plain, scaled, strict=True):
             torch.testing.assert_close(a * factor, b)
-
-
-@pytest.mark.skipif(cases.INTERPRETED, reason="CPU memory")
-def test_memory_of_any_size_is_a_plain_tensor():
-    for shape in [(0, 3), (5,), (3, 1 << 20)]:
-        x = memory.empty(*shape, device=torch.device("cpu"))
-        assert x.shape == shape and x.is_contiguous() and x.dtype == torch.float32
-        assert not x.zero_().any()

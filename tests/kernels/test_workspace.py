@@ -1,0 +1,118 @@
+"""The CPU workspace that stays from call to call."""
+
+import sys
+import threading
+
+import pytest
+import torch
+
+from opsd_kernels import Divergence, Head, fused_token_kl, memory
+from tests.kernels import cases
+
+pytestmark = [
+    pytest.mark.skipif(cases.INTERPRETED, reason="CPU memory"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workspaces stay on Linux"),
+]
+N, V, D = 64, 5000, 16  # logits of 2.4 MiB
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """Before and after."""
+    memory.keep_workspace(False)
+    memory.keep_workspace(True)
+    yield
+    memory.keep_workspace(False)
+    memory.keep_workspace(True)
+
+
+def results(dtype=torch.float32, trained=True, softcap=None, n=N):
+    """Value and gradients."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, n, D, generator=g).to(dtype).unbind()
+    weight = torch.randn(V, D, generator=g).to(dtype).requires_grad_(trained)
+    student.requires_grad_()
+    value = fused_token_kl(student, Head(weight, softcap=softcap), teacher, divergence=Divergence("jsd"))
+    value.sum().backward()
+    return [x for x in (value.detach(), student.grad, weight.grad) if x is not None]
+
+
+def kept():
+    return [block.data_ptr() for block in memory._kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_a_call_left_behind_changes_nothing(dtype, trained, softcap):
+    memory.keep_workspace(False)
+    fresh = results(dtype, trained, softcap)
+    memory.keep_workspace(True)
+    results(dtype, trained, softcap)
+    before = kept()
+    assert before
+    for block in memory._kept:
+        block.fill_(0xFF)  # NaN
+    again = results(dtype, trained, softcap)
+    assert kept() == before
+    for one, other in zip(again, fresh, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_goes_where_none_is_to_stay():
+    results()
+    assert memory.keep_workspace(False)
+    assert not kept()
+    results()
+    assert not kept()
+    assert not memory.keep_workspace(True)
+
+
+def test_a_larger_call_gets_a_larger_block_and_what_is_not_used_goes():
+    small = results()
+    (block,) = memory._kept
+    results(n=2 * N)
+    (larger,) = memory._kept
+    assert larger.nbytes >= 2 * block.nbytes
+    for one, other in zip(results(), small, strict=True):
+        assert torch.equal(one, other)
+    results(softcap=5.0)
+    assert len(kept()) == 1  # the slopes take less than a page of their own
+    with memory.workspace(torch.device("cpu")) as empty:
+        empty(3)
+    assert not kept()
+
+
+def test_what_a_call_in_inference_mode_leaves_can_be_written_outside_of_it():
+    with torch.inference_mode():
+        results_of_inference = fused_token_kl(torch.randn(N, D), torch.randn(V, D), torch.randn(N, D))
+    assert kept() and results_of_inference.isfinite().all()
+    results()
+
+
+def test_threads_do_not_share_it():
+    wanted, found = results(), []
+    threads = [threading.Thread(target=lambda: found.extend(results() for _ in range(5))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20
+    for one in found:
+        for a, b in zip(one, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_error_in_the_middle_keeps_the_block():
+    made = []
+
+    def fail():
+        with memory.workspace(torch.device("cpu")) as empty:
+            made.append(empty(3, 1 << 20))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    (x,) = made
+    assert x.shape == (3, 1 << 20) and x.dtype == torch.float32 and x.is_contiguous()
+    assert kept() == [x.data_ptr()]

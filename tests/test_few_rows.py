@@ -9,9 +9,10 @@ from torch import nn
 from opsd.few_rows import few_rows, product
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (48, 5), (49, 5), (2, 3, 5), (0, 5), (1, 0, 5)], ids=str)
-def test_product_equals_linear_and_is_contiguous(shape):
-    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+@pytest.mark.parametrize("outputs", [7, 128])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (15, 5), (16, 5), (48, 5), (49, 5), (2, 3, 5), (0, 5), (1, 0, 5)], ids=str)
+def test_product_equals_linear_and_is_contiguous(shape, outputs):
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(outputs, 5, dtype=torch.float64)
     found = product(x, weight)
     torch.testing.assert_close(found, nn.functional.linear(x, weight))
     assert found.is_contiguous()

@@ -21,7 +21,7 @@ from torch import Tensor
 from opsd import autocast
 from opsd.attention_choice import Choice, choose_kernel
 from opsd.attention_kernels import Kernel
-from opsd.attention_plan import Plan, plan
+from opsd.attention_plan import Joined, Plan, plan
 from opsd.packing import Packed
 from opsd.prefix_entry import Stored
 
@@ -51,12 +51,10 @@ class PackedKV:
         """q (H, S, d), k and v (Hkv, S, d) -> (S, H, d), differentiable in all three."""
         if self.keep:
             self.kept[layer] = k, v
-        if self.stored:
-            k = torch.cat([k, *(one.keys[layer] for one in self.stored)], 1)
-            v = torch.cat([v, *(one.values[layer] for one in self.stored)], 1)
         kernel = choose_kernel(q, self.attention)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # tokens first, as they lie in memory
-        return _PackedAttention.apply(q, k, v, self.plan(window, kernel, q.device), kernel, scale)
+        older = [(one.keys[layer].transpose(0, 1), one.values[layer].transpose(0, 1)) for one in self.stored]
+        return _PackedAttention.apply(q, k, v, older, self.plan(window, kernel, q.device), kernel, scale)
 
     def plan(self, window: int | None, kernel: Kernel, device: torch.device) -> Plan:
         """The parts of a layer with this window; layers with the same window share them."""
@@ -92,18 +90,30 @@ def packed_attention(
 
 
 class _PackedAttention(torch.autograd.Function):
+    """older: keys and values (P, Hkv, d) of stored roots, which stand behind those of the row and get no gradient."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: Plan, kernel: Kernel, scale: float) -> Tensor:
-        out, lse = attend(q, k, v, parts, kernel, scale)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        older: Sequence[tuple[Tensor, Tensor]],
+        parts: Plan,
+        kernel: Kernel,
+        scale: float,
+    ) -> Tensor:
+        out, lse = attend(q, *_joined(k, v, older), parts, kernel, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.parts, ctx.kernel, ctx.scale = parts, kernel, scale
+        ctx.older, ctx.parts, ctx.kernel, ctx.scale = older, parts, kernel, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q, own_k, own_v, out, lse = ctx.saved_tensors
+        k, v = _joined(own_k, own_v, ctx.older)
+        dq, dk, dv = torch.zeros_like(q), k.zeros(), v.zeros()
         for part in ctx.parts:
             rows, keys = part.queries, part.keys
             found = ctx.kernel.backward(
@@ -113,13 +123,17 @@ class _PackedAttention(torch.autograd.Function):
             rows.add(dq, found[0])
             keys.add(dk, found[1])
             keys.add(dv, found[2])
-        return dq, dk, dv, None, None, None
+        return dq, dk[: len(own_k)], dv[: len(own_v)], None, None, None, None
+
+
+def _joined(k: Tensor, v: Tensor, older: Sequence[tuple[Tensor, Tensor]]) -> tuple[Joined, Joined]:
+    return Joined([k, *(keys for keys, _ in older)]), Joined([v, *(values for _, values in older)])
 
 
 def attend(
     q: Tensor,  # (S, H, d)
-    k: Tensor,  # (S + stored, Hkv, d)
-    v: Tensor,
+    k: Joined,  # (S + stored, Hkv, d)
+    v: Joined,
     parts: Plan,
     kernel: Kernel,
     scale: float,
@@ -132,8 +146,7 @@ def attend(
         found, found_lse = kernel.forward(rows.take(q), part.keys.take(k), part.keys.take(v), part, scale)
         if part.merged:
             found, found_lse = merge(rows.take(out), rows.take(lse), found, found_lse)
-        rows.put(out, found)
-        rows.put(lse, found_lse)
+        out, lse = rows.put(out, found), rows.put(lse, found_lse)
     return out, lse
 
 

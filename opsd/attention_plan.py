@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -21,15 +22,42 @@ _FILL = 0.75
 _SHORT = 48  # below so many tokens a call costs more than the padding
 
 
+class Joined:
+    """Tensors (tokens, heads, ...) one after another. They are copied together only for who reads across several."""
+
+    def __init__(self, pieces: Sequence[Tensor]):
+        self.pieces = pieces
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        at = start
+        for piece in self.pieces:
+            if 0 <= at <= len(piece) - length:
+                return piece.narrow(dim, at, length)
+            at -= len(piece)
+        return self._whole.narrow(dim, start, length)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        return self._whole.index_select(dim, index)
+
+    def zeros(self) -> Tensor:
+        first = self.pieces[0]
+        return first.new_zeros(sum(map(len, self.pieces)), *first.shape[1:])
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return torch.cat(list(self.pieces)) if len(self.pieces) > 1 else self.pieces[0]
+
+
 class Rows(Protocol):
     """Tokens of a tensor (tokens, heads, ...) that one part reads and writes."""
 
-    def take(self, x: Tensor) -> Tensor: ...
+    def take(self, x: Tensor | Joined) -> Tensor: ...
 
     def take_grad(self, x: Tensor) -> Tensor:
         """take, with zeros where a token is a repeat."""
 
-    def put(self, target: Tensor, values: Tensor) -> None: ...
+    def put(self, target: Tensor, values: Tensor) -> Tensor:
+        """The target with the values in it; where they are all of it, no more than the values."""
 
     def add(self, target: Tensor, values: Tensor) -> None: ...
 
@@ -56,7 +84,7 @@ class Rectangle:
         self.source = to_device(real.flatten().nonzero()[:, 0], device)
         self.destination = to_device(index[real], device)
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Tensor | Joined) -> Tensor:
         shape = (self.n, self.width)
         tokens = x.narrow(0, self.first, self.n * self.width) if self.view else x.index_select(0, self.index)
         return tokens.unflatten(0, shape).transpose(1, 2)
@@ -65,11 +93,13 @@ class Rectangle:
         taken = self.take(x)
         return taken if self.view or not self.padded else taken * self.real[:, None, :, None].to(x.dtype)
 
-    def put(self, target: Tensor, values: Tensor) -> None:
-        if self.view:
-            self.take(target).copy_(values)
-        else:
-            target.index_copy_(0, self.destination, self._real(values))
+    def put(self, target: Tensor, values: Tensor) -> Tensor:
+        if not self.view:
+            return target.index_copy_(0, self.destination, self._real(values))
+        if self.n * self.width == len(target):
+            return values.transpose(1, 2).flatten(0, 1)
+        self.take(target).copy_(values)
+        return target
 
     def add(self, target: Tensor, values: Tensor) -> None:
         if self.view:
@@ -95,16 +125,18 @@ class Ragged:
         self.index = None if self.view else to_device(tokens_of(spans), device)
         self.offsets = _offsets(self.lengths, device)
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Tensor | Joined) -> Tensor:
         return x.narrow(0, self.first, self.total) if self.index is None else x.index_select(0, self.index)
 
     take_grad = take  # nothing is repeated
 
-    def put(self, target: Tensor, values: Tensor) -> None:
-        if self.index is None:
-            self.take(target).copy_(values)
-        else:
-            target.index_copy_(0, self.index, values)
+    def put(self, target: Tensor, values: Tensor) -> Tensor:
+        if self.index is not None:
+            return target.index_copy_(0, self.index, values)
+        if self.total == len(target):
+            return values
+        self.take(target).copy_(values)
+        return target
 
     def add(self, target: Tensor, values: Tensor) -> None:
         if self.index is None:

@@ -15,7 +15,7 @@ from opsd import attention, attention_choice, attention_kernels, attention_plan
 from opsd.attention import PackedKV, packed_attention
 from opsd.attention_choice import choose_kernel
 from opsd.attention_kernels import CPU_FLASH, CUDA_FLASH, DENSE
-from opsd.attention_plan import plan
+from opsd.attention_plan import Joined, plan
 from opsd.errors import InputError
 from opsd.packing import Packed, Tree
 from opsd.prefix_entry import Stored
@@ -86,18 +86,23 @@ def definition(packed: Packed, window, q, k, v, scale):
 
 
 def shared(packed: Packed, window, kernel, q, k, v, scale):
+    """Stored roots lie in tensors of their own, and get no gradient."""
     parts = plan(packed, window, kernel.ragged, CPU)
-    tokens_first = (x[0].transpose(0, 1) for x in (q, k, v))
-    return attention._PackedAttention.apply(*tokens_first, parts, kernel, scale)[None]
+    lengths = [packed.length, *(t.root for t in packed.trees if t.stored)]
+    (keys, *older_keys), (values, *older_values) = (x[0].transpose(0, 1).split(lengths) for x in (k, v))
+    older = list(zip(older_keys, older_values, strict=True))
+    rows = q[0].transpose(0, 1)
+    return attention._PackedAttention.apply(rows, keys, values, older, parts, kernel, scale)[None]
 
 
 def errors(packed: Packed, window, kernel, group=1, heads=2):
-    """Largest absolute error of the output and of the three gradients; inputs have unit scale."""
+    """Largest absolute error of the output and of the row's three gradients; inputs have unit scale."""
     q, k, v, grad = tensors(packed, heads, group)
     results = []
     for compute in (lambda *x: shared(packed, window, kernel, *x), lambda *x: definition(packed, window, *x)):
         out = compute(q, k, v, 0.3)
-        results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), grad)))
+        gradients = torch.autograd.grad(out, (q, k, v), grad)
+        results.append((out.detach(), *(x[:, :, : packed.length] for x in gradients)))
     return [(a - b).abs().max().item() if a.numel() else 0.0 for a, b in zip(*results, strict=True)]
 
 
@@ -256,6 +261,14 @@ def test_stored_roots_stand_behind_the_row_and_kept_keys_are_the_rows_own():
     assert torch.equal(carried.kept[3][0], k[0, :, own]) and torch.equal(carried.kept[3][1], v[0, :, own])
 
 
+def test_tokens_that_lie_in_one_tensor_are_read_there():
+    first, second = torch.randn(3, 1, 2), torch.randn(4, 1, 2)
+    joined = Joined([first, second])
+    assert joined.narrow(0, 1, 2).data_ptr() == first[1].data_ptr()
+    assert joined.narrow(0, 3, 4).data_ptr() == second.data_ptr()
+    assert torch.equal(joined.narrow(0, 2, 3), torch.cat([first, second])[2:5])
+
+
 def test_without_a_packed_row_it_is_the_sdpa_of_transformers():
     q, k, v, _ = tensors(CASES[3], group=2)
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
@@ -286,7 +299,7 @@ def test_torchs_varlen_operators_take_what_cuda_flash_gives_them(window):
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         parts = plan(packed, window, True, meta)
         rows, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = attention._PackedAttention.apply(rows, keys, values, parts, CUDA_FLASH, 0.1)
+        out = attention._PackedAttention.apply(rows, keys, values, [], parts, CUDA_FLASH, 0.1)
         assert out.shape == rows.shape and out.dtype == torch.bfloat16
         grads = torch.autograd.grad(out, (q, k, v), grad[0])
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

@@ -10,7 +10,7 @@ from opsd.few_rows import few_rows, product
 
 
 @pytest.mark.parametrize("outputs", [7, 128])
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (15, 5), (16, 5), (48, 5), (49, 5), (2, 3, 5), (0, 5), (1, 0, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (15, 5), (16, 5), (48, 5), (49, 5), (2, 3, 5), (0, 5), (1, 0, 5)], ids=str)
 def test_product_equals_linear_and_is_contiguous(shape, outputs):
     x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(outputs, 5, dtype=torch.float64)
     found = product(x, weight)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from opsd.adapter import without_adapter
 from opsd.config import TeacherConfig
 from opsd.engine import response_hidden
 from opsd.model import LanguageModel
@@ -127,7 +128,7 @@ class AdapterOffTeacher:
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        with self.module.disable_adapter():
+        with without_adapter(self.module):
             yield
 
     def update(self, skipped: Tensor | float = 0.0) -> None: ...
@@ -218,7 +219,7 @@ class DenseAverageTeacher:
             for name, layer in self.layers.items()
         ]
         try:
-            with self.module.disable_adapter():
+            with without_adapter(self.module):
                 yield
         finally:
             for hook in hooks:

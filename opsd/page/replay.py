@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opsd.adapter import without_adapter
 from opsd.answers import load_student
 from opsd.checkpoint import Checkpoint, restore_teacher
 from opsd.config import Config
@@ -89,7 +90,7 @@ def replay(config: Config, last: Checkpoint, rows: list[Example]) -> list[Replay
         model = load_student(config, last.path)
     else:
         model = load_student(config, last.path)
-        with model.module.disable_adapter():
+        with without_adapter(model.module):
             before = _answers(model, LiveTeacher(), config, rows)
     after = _answers(model, _teacher(config, last, model), config, rows)
     return [Replayed(*of_row) for of_row in zip(rows, before, after, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ _SHOWN = 1500  # characters of a prompt
 
 def dry_run(config: Config, memory: str | None = None, prompt_tokens: int | None = None) -> Iterator[str]:
     """What `--dry-run` prints, part by part. Raises InputError for a config or rows that no run could start with."""
+    collects = gc.isenabled()
+    gc.disable()  # a million objects of libraries and model, not to be looked through again and again
+    try:
+        yield from _parts(config, memory, prompt_tokens)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _parts(config: Config, memory: str | None, prompt_tokens: int | None) -> Iterator[str]:
     if not config.engine.share_prefix:
         raise InputError("true: the plain twin is not planned", "false", field="engine.share_prefix")
     rows = read_examples(config.data.train, config.data) if config.data.train is not None else []
@@ -52,18 +63,17 @@ def _plan(config: Config, processor: Any, longest: Longest, cuda: bool, memory: 
     device = torch.device("cuda" if cuda else "cpu")
     have = parsed(memory) if memory is not None else available(device)
     model = outline(config.model, config.engine, processor, cuda)
-    gc.freeze()  # a million objects of libraries and model, not to be looked through again and again
-    try:
-        return make_plan(config, model, Workload.of(config, longest), cuda, have)
-    finally:
-        gc.unfreeze()
+    return make_plan(config, model, Workload.of(config, longest), cuda, have)
 
 
 def _processor(config: Config) -> tuple[Any, str]:
     """The model's processor, or None and why there is none."""
-    from opsd.processing import load_processor
+    from opsd.processing import load_processor, read_processor_files
 
     try:
+        # without a file some of transformers' tokenizers are empty instead of an error
+        if Path(config.model.path).is_dir() and not read_processor_files(config.model.path):
+            return None, f"{config.model.path} has no file of a tokenizer or processor"
         return load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code), ""
     except Exception as error:  # of whatever library reads it; a run will say it again
         lines = str(error).strip().splitlines() or [type(error).__name__]

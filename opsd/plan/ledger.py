@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.plan.names import ACTIVATIONS, ON_HOST
 from opsd.plan.shapes import Shapes
+
+T = TypeVar("T")
 
 
 class Ledger(TorchDispatchMode):
@@ -74,6 +76,24 @@ class Ledger(TorchDispatchMode):
         with self:
             yield seen
         seen.update(+(self.at_peak | self._most))
+
+    def watched(self, call: Callable[[], T]) -> tuple[T, Counter[str], list[int] | None]:
+        """call() within a phase; what was alive on top of the bytes before when there was most of it; and the storages
+        that it leaves behind, sorted ids, or None where it freed one that was there before."""
+        outer, before, known = (self._peak, self.at_peak), self.live.copy(), self._known.copy()
+        self._peak, self.at_peak = self._total, before
+        out = call()
+        rise = self.at_peak - before
+        if outer[0] >= self._peak:
+            self._peak, self.at_peak = outer
+        freed = any(self._known.get(key) is not entry for key, entry in known.items())
+        return out, rise, None if freed else sorted(self._known.keys() - known.keys())
+
+    def rise(self, by: Counter[str]) -> None:
+        """As if so much had been alive for a moment."""
+        total = self._total + by.total()
+        if total > self._peak:
+            self._peak, self.at_peak = total, self.live + by
 
     def _enter(self, tensor: Tensor, name: str | None = None) -> None:
         if not tensor.is_meta:

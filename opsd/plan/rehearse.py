@@ -16,6 +16,7 @@ from opsd.four_bit import scales
 from opsd.group import Group, split
 from opsd.model import LanguageModel
 from opsd.objectives.logprobs import token_logprobs
+from opsd.plan.alike import Alike
 from opsd.plan.ledger import Ledger
 from opsd.plan.names import ADAPTERS, AVERAGE, GRADIENTS, MOMENTS, PREFIXES, SLOTS, WEIGHTS
 from opsd.plan.outline import checkpointed
@@ -41,6 +42,7 @@ class Rehearsal:
         self.ledger = Ledger(512 if cuda else 64)
         if cuda:
             checkpointed(model, HostShapes(self.ledger))
+        Alike(self.ledger, model.module.get_decoder().layers)
         every = dict(model.module.named_parameters())
         adapter = [p for name, p in every.items() if ".lora_" in name]
         self.ledger.name([*every.values(), *model.module.buffers(), *scales(model.module)], WEIGHTS)

@@ -22,7 +22,7 @@ class Shapes:
         known = self._known[func]
         if known is None:
             return func(*args, **kwargs)
-        key = _described(args), _described(kwargs)
+        key = described(args), described(kwargs)
         layouts = known.get(key)
         if layouts is None:
             out = func(*args, **kwargs)
@@ -41,12 +41,12 @@ def _makes_new_tensors(func: Any) -> bool:
     return not aliased and bool(schema.returns) and all(str(x.type) == "Tensor" for x in schema.returns)
 
 
-def _described(x: Any) -> Any:
+def described(x: Any) -> Any:
     """Something that is equal where the shapes are."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.is_meta
     if isinstance(x, (list, tuple)):
-        return tuple([_described(one) for one in x])
+        return tuple([described(one) for one in x])
     if isinstance(x, dict):
-        return tuple([(name, _described(one)) for name, one in x.items()]) if x else ()
+        return tuple([(name, described(one)) for name, one in x.items()]) if x else ()
     return type(x), x

@@ -2,13 +2,14 @@
 
 A step that runs out of memory is done once more in passes of half the tokens: its gradients so far are thrown away and
 its random state is put back, so what it gives is what the smaller passes would have given from the start. The smaller
-budget stays, in RUN/passes.json for a resumed run too.
+budget stays, in RUN/passes.json for a resumed run too, as does what rollouts have at a time once that became less.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,30 +26,52 @@ _REFUSALS = ("can't allocate memory", "not enough memory")  # of torch's allocat
 
 @dataclass
 class Budget:
-    """The tokens of a pass, and how often that had to become fewer."""
+    """The tokens of a pass, what a rollout has at a time, and how often any of it had to become less."""
 
     tokens: int
     file: Path  # where a smaller number than the config's is kept
+    slots: int = sys.maxsize  # responses that a rollout decodes at a time
+    prompt_tokens: int = sys.maxsize  # of its passes over prompts
     retries: int = 0
     writes: bool = True  # False for a process that leaves the file to another
 
     @staticmethod
     def of(tokens: int, file: Path) -> Budget:
-        """The smaller number of a file that is there already."""
-        if file.exists():
-            try:
-                tokens = min(tokens, int(json.loads(file.read_text(encoding="utf-8"))["token_budget"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError('{"token_budget": N}', str(error), file=file) from error
-        return Budget(tokens, file)
+        """The smaller numbers of a file that is there already."""
+        known, most = learnt(file), sys.maxsize
+        tokens = min(tokens, known.get("token_budget", tokens))
+        return Budget(tokens, file, known.get("slots", most), known.get("prompt_tokens", most))
 
     def halve(self, largest: int) -> None:
         """Half of the largest pass there was, for this and all later steps."""
         self.tokens, self.retries = max(1, min(self.tokens, largest) // 2), self.retries + 1
 
+    def halve_rollouts(self, slots: int, prompt_tokens: int) -> None:
+        """Half of what the largest rollout there was had at a time, kept at once."""
+        self.slots, self.prompt_tokens = max(1, slots // 2), max(1, prompt_tokens // 2)
+        self.retries += 1
+        self._write(slots=self.slots, prompt_tokens=self.prompt_tokens)
+
     def keep(self) -> None:
+        self._write(token_budget=self.tokens)
+
+    def _write(self, **numbers: int) -> None:
         if self.writes:
-            durable.write_text(self.file, json.dumps({"token_budget": self.tokens}) + "\n")
+            durable.write_text(self.file, json.dumps(learnt(self.file) | numbers) + "\n")
+
+
+def learnt(file: Path) -> dict[str, int]:
+    """The numbers of a RUN/passes.json, by name; none where there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known and known.keys() <= {"token_budget", "slots", "prompt_tokens"}:
+            return {name: int(number) for name, number in known.items()}
+        found = json.dumps(known)
+    except (ValueError, TypeError, AttributeError) as error:
+        found = str(error)
+    raise InputError('{"token_budget": N}', found, file=file)
 
 
 def within_memory(

@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Rollouts:
 
     slots: responses decoded at a time. graphs: capture decode steps (CUDA only). share_prefix: False is the plain twin.
     budget: of the passes over prompts, in tokens; a prompt is never divided. A rollout that runs out of memory is done
-    once more with half the slots in passes of half the tokens, here and later: its responses depend on neither.
+    once more with half the slots in passes of half the tokens, here, later and after a resume: its responses depend on
+    neither.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Rollouts:
         share_prefix: bool = True,
         budget: Budget | None = None,
     ):
-        self.model, self.slots, self.share_prefix = model, slots, share_prefix
-        self.budget, self._most = budget, sys.maxsize
+        self.model, self.share_prefix = model, share_prefix
+        self.budget = budget if budget is not None else Budget(sys.maxsize, Path(), writes=False)
+        self._slots = slots
         self.graphs = graphs and _capturable(model)
         self._kept: tuple[tuple[Room, Sampling], Slots, Graphs] | None = None
 
@@ -75,16 +78,19 @@ class Rollouts:
             return retried(lambda: _Loop(self, prompts, sampling, seeds).run(), smaller, self.model.device)
 
     @property
+    def slots(self) -> int:
+        """Responses decoded at a time, at most."""
+        return min(self._slots, self.budget.slots)
+
+    @property
     def tokens(self) -> int:
         """Of a pass over prompts, at most."""
-        return self._most if self.budget is None else min(self._most, self.budget.tokens)
+        return min(self.budget.tokens, self.budget.prompt_tokens)
 
     def _halve(self, responses: int, tokens: int) -> str:
         """Half of what a rollout of so many responses to prompts of so many tokens had at a time."""
         slots, self._kept = min(self.slots, responses), None
-        self.slots, self._most = max(1, slots // 2), max(1, min(self.tokens, tokens) // 2)
-        if self.budget is not None:
-            self.budget.retries += 1
+        self.budget.halve_rollouts(slots, min(self.tokens, tokens))
         say_once(f"out of memory: rollouts decode at most {self.slots} responses at a time from here on")
         return f"out of memory in a rollout of {slots} responses at a time, and of {self.slots}"
 

@@ -16,7 +16,7 @@ from opsd import checkpoint, trackers
 from opsd.config import Config, dump_config
 from opsd.data import Example, digest, labelled, order, read_examples
 from opsd.errors import InputError, explained, raise_all
-from opsd.fit import Budget
+from opsd.fit import Budget, learnt
 from opsd.heap import keep_freed_memory
 from opsd.in_backward import InBackward
 from opsd.loading import load_model
@@ -253,14 +253,18 @@ def _budget(
 ) -> Budget:
     """Tokens of a pass: the config's, or as many as fit; fewer where the run has learnt so."""
     tokens, file = config.engine.token_budget, directory.path / "passes.json"
-    learnt = world.told("yes" if file.exists() else "no") == "yes"  # the first process looks, for all of them
-    if tokens == "auto" and not learnt:
+    knows = (
+        world.told("yes" if "token_budget" in learnt(file) else "no") == "yes"
+    )  # the first process', for all of them
+    if tokens == "auto" and not knows:
         rows = prompts.whole(train) if config.data.on_error == "skip" else train
         tokens = int(world.told(str(fitting_budget(config, model, rows, prompts, world.size))))
     most = sys.maxsize if tokens == "auto" else tokens
     with world.in_turn():
         budget = Budget.of(most, file) if world.main else Budget(most, file, writes=False)
     budget.tokens = int(world.told(str(budget.tokens)))
+    budget.slots = int(world.told(str(budget.slots)))
+    budget.prompt_tokens = int(world.told(str(budget.prompt_tokens)))
     if config.engine.token_budget == "auto":
         budget.keep()
     return budget

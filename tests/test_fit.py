@@ -78,6 +78,17 @@ def test_a_resumed_run_keeps_the_smaller_budget(tmp_path, monkeypatch, capsys):
     assert resumed.budget.tokens == run.budget.tokens < 64
 
 
+def test_a_resumed_run_keeps_what_its_rollouts_have_at_a_time(tmp_path):
+    run = train(text_job(tmp_path, "train.steps=1"))
+    run.budget.halve_rollouts(4, 20)
+    resumed = train(text_job(tmp_path, "train.steps=2"), resume=True)
+    assert (resumed.rollouts.slots, resumed.rollouts.tokens) == (2, 10)
+    assert resumed.budget.tokens == run.budget.tokens > 10, "training has its own passes"
+    run.budget.keep()
+    kept = {"slots": 2, "prompt_tokens": 10, "token_budget": run.budget.tokens}
+    assert json.loads((tmp_path / "run" / "passes.json").read_text()) == kept
+
+
 def test_a_second_failure_ends_the_run_with_a_message(tmp_path, monkeypatch):
     Full(monkeypatch, 0, 1)
     with pytest.raises(InputError, match=r"engine.token_budget.*out of memory in passes of \d+ tokens, and of \d+"):
@@ -107,7 +118,8 @@ def test_what_counts_as_out_of_memory():
     assert not out_of_memory(RuntimeError("size mismatch"))
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "passes.json").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "{", '{"token_budget": null}', '{"tokens": 3}'])
+def test_a_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "passes.json").write_text(text)
     with pytest.raises(InputError, match=r"passes\.json"):
         Budget.of(64, tmp_path / "passes.json")

@@ -153,6 +153,10 @@ def test_a_rollout_that_runs_out_of_memory_is_done_once_more_at_half_the_size(se
     assert rollouts.slots == 3 and budget.retries == 1 and budget.tokens == 1000, "training has its own passes"
     assert max(full.sizes[1:]) <= sum(prompt.length for prompt in prompts) // 2
 
+    after = Rollouts(model, slots=6, budget=Budget.of(1000, budget.file))
+    assert (after.slots, after.tokens) == (3, rollouts.tokens), "a resumed run begins where this one has got to"
+    assert Rollouts(model, slots=2, budget=budget).slots == 2
+
     Full(monkeypatch, 0, 1)
     with pytest.raises(InputError, match="out of memory in a rollout of 3 responses at a time, and of 1"):
         rollouts(prompts, sampling, seeds)

@@ -13,6 +13,7 @@ import numpy as np
 from av.error import FFmpegError
 from PIL import Image, ImageOps
 
+from opsd.containers import check_whole, counts_frames
 from opsd.errors import MediumError
 
 
@@ -50,14 +51,15 @@ def load_image(path: Path) -> Image.Image:
 def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     """(samples,) float32 mono in [-1, 1] at `sampling_rate` Hz, from the first audio stream of any container.
 
-    Raises `MediumError` naming the file when there is no such stream, it does not decode, it is empty, or a WAV holds
-    less than nine tenths of what its header says, which FFmpeg reads as a shorter one.
+    Raises `MediumError` naming the file when there is no such stream, it does not decode, it is empty, or it holds less
+    than nine tenths of what a WAV, an MP3 or a Matroska says of itself, which FFmpeg reads as a shorter one.
     """
     try:
-        _whole_wav(path)
+        check_whole(path)
         with av.open(str(path)) as container:
             if not container.streams.audio:
                 raise MediumError("a file with sound", "no audio stream", file=path)
+            claimed = _told(path, container)
             resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
             pieces = [
                 piece.to_ndarray().mean(axis=0)  # of (channels, samples): FFmpeg's own downmix is louder
@@ -72,6 +74,9 @@ def load_audio(path: Path, sampling_rate: int) -> np.ndarray:
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not samples.size:
         raise MediumError("sound that can be decoded", "no samples", file=path)
+    if claimed is not None and len(samples) < 0.9 * claimed * sampling_rate:
+        found = f"{len(samples) / sampling_rate:.2f} s of {claimed:.2f} s"
+        raise MediumError("sound that can be decoded to its end", found, file=path)
     if not np.isfinite(samples).all():
         raise MediumError("sound that can be decoded", "samples that are not finite", file=path)
     return samples.astype(np.float32, copy=False)
@@ -84,11 +89,12 @@ def load_video(path: Path, frames: int) -> Video:
     file when there is no such stream, it does not decode, or it ends before nine tenths of the length it claims.
     """
     try:
+        check_whole(path)
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise MediumError("a file with moving pictures", "no video stream", file=path)
             stream = container.streams.video[0]
-            start = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+            start = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
             claimed = _claimed(container, stream, start)
             whole = container.duration / av.time_base if container.duration else None  # the sound may be longer
             length = claimed or whole or _end(path) - start
@@ -106,13 +112,14 @@ def load_video(path: Path, frames: int) -> Video:
         raise MediumError("a video that can be decoded", _reason(error), file=path) from error
 
 
-def _whole_wav(path: Path) -> None:
-    """Raises MediumError for a WAV that was cut. One that was written to a pipe claims 0 bytes, or about 2 or 4 GiB."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    claimed, held = int.from_bytes(head[4:8], "little"), path.stat().st_size
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and held < 0.9 * claimed and claimed < 2**31 - 2**16:
-        raise MediumError("sound that can be decoded to its end", f"{held:,} of {claimed:,} bytes", file=path)
+def _told(path: Path, container: Any) -> float | None:
+    """Seconds of the first audio stream, where an MP3 or a Matroska says them: of other formats FFmpeg may guess."""
+    stream = container.streams.audio[0]
+    if container.format.name == "mp3" and not counts_frames(path):
+        return None
+    if container.format.name not in ("mp3", "matroska,webm"):
+        return None
+    return _claimed(container, stream, float((stream.start_time or 0) * stream.time_base))
 
 
 def _claimed(container: Any, stream: Any, start: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,6 +79,28 @@ def test_a_wav_that_was_cut_is_told_from_a_short_one(tmp_path: Path) -> None:
         load_audio(path, RATE)
     path.write_bytes(whole[:4] + b"\xff\xff\xff\xff" + whole[8:])  # as written to a pipe
     assert len(load_audio(path, RATE)) == 2 * RATE
+
+
+def write_mp3(path: Path, seconds: int, **options: str) -> bytes:
+    """In the container that the name says."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libmp3lame", rate=RATE, layout="mono")
+        heard = av.AudioFrame.from_ndarray(tone(RATE, 300, seconds).astype(np.float32)[None], "fltp", "mono")
+        heard.sample_rate = RATE
+        container.mux([*stream.encode(heard), *stream.encode()])
+    return path.read_bytes()
+
+
+def test_an_mp3_that_was_cut_is_told_from_a_short_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp3"
+    whole = write_mp3(path, 4, write_xing="1")
+    assert len(load_audio(path, RATE)) == pytest.approx(4 * RATE, rel=0.03)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"a\.mp3: expected sound .* to its end; found [12]\.\d\d s of 4\.00 s"):
+        load_audio(path, RATE)
+    whole = write_mp3(path, 4, write_xing="0")  # says nothing of its length, so that a part is a file
+    path.write_bytes(whole[: len(whole) // 2])
+    assert len(load_audio(path, RATE)) == pytest.approx(2 * RATE, rel=0.05)
 
 
 def test_audio_files_without_sound(tmp_path: Path) -> None:
@@ -162,3 +185,20 @@ def test_bad_videos(tmp_path: Path) -> None:
     )
     spoken = write_wav(tmp_path / "b.wav", tone(RATE, 440))
     assert refusal(spoken) == "b.wav: expected a file with moving pictures; found no video stream"
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_matroska_with_a_hole_is_refused(tmp_path: Path, sound: bool) -> None:
+    def load(path: Path) -> object:
+        return load_audio(path, RATE) if sound else load_video(path, 4)
+
+    path = tmp_path / "a.mkv"
+    whole = write_mp3(path, 20) if sound else write_video(path, pictures(200), codec="mpeg4").read_bytes()
+    load(path)
+    third = len(whole) // 3
+    path.write_bytes(whole[:third] + bytes(third) + whole[2 * third :])
+    with pytest.raises(InputError, match=r"a\.mkv: expected a Matroska file that is whole; found nothing readable"):
+        load(path)
+    path.write_bytes(whole[: 2 * third])  # a file that ends early has no hole, and is told by its length
+    with pytest.raises(InputError, match=r"a\.mkv: expected .* decoded to its end; found 1\d\.\d\d s of 2"):
+        load(path)

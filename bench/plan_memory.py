@@ -9,12 +9,14 @@ On CUDA torch.cuda.max_memory_allocated.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from opsd.run import Run
 from opsd.step import sample
 from opsd.train import gradients
 
-MIB = 1 << 20
+MIB, MODULE = 1 << 20, "bench.plan_memory"
 
 
 @dataclass(frozen=True)
@@ -108,24 +110,33 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
-def run_case(number: int) -> Row:
-    """A case of CASES in a new process."""
-    command = [sys.executable, "-m", "bench.plan_memory", "--case", str(number)]
+def run_case(module: str, number: int) -> Row:
+    """A case of a module's CASES in a new process, by its `--case`."""
+    command = [sys.executable, "-m", module, "--case", str(number)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["--case"]:
-        print(json.dumps(measured(CASES[int(argv[1])])))
-        return
-    found = []
+def asked(module: str, about: str, cases: Sequence[Case]) -> Path | None:
+    """Where the command's rows go, or None; with `--case`, prints that case's row and ends."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    made.add_argument("out", type=Path, nargs="?", metavar="OUT.json", help="write the rows to this file")
+    made.add_argument("--case", type=int, choices=range(len(cases)), help="measure one case in this process")
+    args = made.parse_args()
+    if args.case is not None:
+        print(json.dumps(measured(cases[args.case])))
+        raise SystemExit(0)
+    return args.out
+
+
+def main() -> None:
+    out, found = asked(MODULE, "A plan against what two steps of training take.", CASES), []
     for number in range(len(CASES)):
-        found.append(run_case(number))
+        found.append(run_case(MODULE, number))
         print(found[-1], flush=True)
-    if argv:
-        Path(argv[0]).write_text(json.dumps({**environment(), "rows": found}, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps({**environment(), "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

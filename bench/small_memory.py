@@ -12,8 +12,6 @@ has no second memory to move inputs to, so here a file that is mapped stands for
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,7 +27,7 @@ from bench.engine_cases import Shape, Size
 from bench.engine_memory import peak_of
 from bench.engine_step import Job, opened
 from bench.measure import interleaved, peak_extra_bytes, summary
-from bench.plan_memory import MIB, Case, measured
+from bench.plan_memory import MIB, Case, asked, run_case
 from bench.results import Row, environment
 from opsd.group import Group
 from opsd.offload import LayerInputs, offload
@@ -37,6 +35,7 @@ from opsd.run import Run
 from opsd.step import sample
 from opsd.train import gradients
 
+MODULE = "bench.small_memory"
 MIDDLE, SHAPE = Size(8, 768, 12, 4, 2048, 8192), Shape(120, 20, 30, 4)  # 57 million parameters
 WORDS = (
     "teacher.kind=live",
@@ -112,24 +111,15 @@ def checkpointed() -> Iterator[Row]:
                 }
 
 
-def resident(number: int) -> Row:
-    """`measured` of a case in a new process."""
-    command = [sys.executable, "-m", "bench.small_memory", "--case", str(number)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["--case"]:
-        print(json.dumps(measured(CASES[int(argv[1])])))
-        return
-    found = [resident(number) | more for number, more in enumerate(updates())]
+def main() -> None:
+    out = asked(MODULE, "What the two settings for small GPUs save.", CASES)
+    found = [run_case(MODULE, number) | more for number, more in enumerate(updates())]
     found += checkpointed()
     for row in found:
         print(row)
-    if argv:
-        Path(argv[0]).write_text(json.dumps({**environment(), "rows": found}, indent=1) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps({**environment(), "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

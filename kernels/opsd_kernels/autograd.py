@@ -59,7 +59,7 @@ def times(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def unfilled(x: Tensor) -> Tensor:
     """Where the gradient of x goes: fp32, contiguous."""
-    return torch.empty(x.shape, device=x.device)
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 
 
 def targets(ops: Operands, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:

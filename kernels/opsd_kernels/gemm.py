@@ -51,7 +51,7 @@ def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tenso
     """grad @ head, in the dtype of grad or fp32."""
     if grad.dtype == head.dtype:
         return grad @ head
-    total = torch.zeros(grad.shape[0], head.shape[1], device=grad.device)
+    total = torch.zeros(grad.shape[0], head.shape[1], dtype=torch.float32, device=grad.device)
     for columns, block in widened(head, scratch):
         total.addmm_(grad[:, columns], block)
     return total

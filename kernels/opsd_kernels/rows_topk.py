@@ -53,7 +53,7 @@ class TopKRows:
     ) -> None:
         """Value and gradient of the outcomes, over those of the whole rows."""
         (z_s, second, is_delta), kept, share = outcomes
-        merged = RowOutputs(torch.empty(len(RESULTS), len(z_s), device=z_s.device))
+        merged = RowOutputs(torch.empty(len(RESULTS), len(z_s), dtype=torch.float32, device=z_s.device))
         slope = None if grad is None else torch.empty_like(z_s)
         self.kernel.run(z_s, second, is_delta, replace(divergence, temperature=1.0), scale, slope, merged, None)
         out["full_divergence"].copy_(out["value"])

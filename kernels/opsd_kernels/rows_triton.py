@@ -74,7 +74,7 @@ class Passes:
         self.launch, self.divergence, self.is_delta, self.with_grad = launch, divergence, is_delta, grad is not None
         target = z_s if grad is None else grad
         self.tensors = {"z_s": z_s, "second": z_t, "tokens": tokens, "scale": scale, "grad": target, "out": out.table}
-        self.tensors["parts"] = torch.empty(z_s.shape[0], PARTS, launch.splits, device=z_s.device)
+        self.tensors["parts"] = z_s.new_empty(z_s.shape[0], PARTS, launch.splits)
         self.numbers = {
             "vocab": z_s.shape[1],
             "stride": z_s.stride(0),

@@ -1,8 +1,10 @@
 """One pass over all tokens in chunks: logits, row kernel, gradient GEMMs. The only place where [rows, V] exists."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,10 +106,11 @@ def sweep(
 ) -> RowOutputs:
     """Unweighted results of all tokens; weighted gradients where a tensor for them is given."""
     n, device = ops.student_hidden.shape[0], ops.student_hidden.device
+    fp32: Any = {"dtype": torch.float32, "device": device}  # whatever the program's default dtype is
     chunks, _ = plan(ops, bool(grads), grads.weight is not None)
-    out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, device=device))
+    out = RowOutputs(torch.empty(len(results_of(ops.divergence)), n, **fp32))
     factor = ops.inverse_temperatures[0] * (1.0 if ops.head.softcap is None else ops.head.scale)
-    scale = torch.full((n,), factor, device=device) if weights is None else weights * factor
+    scale = torch.full((n,), factor, **fp32) if weights is None else weights * factor
     with memory.workspace(device) as empty, _autocast_off(ops):
         work = _allocate(ops, chunks, bool(grads), empty)
         ops = _widened_once(ops, work.scratch)
@@ -198,15 +201,16 @@ def _gradients(
 def _allocate(ops: Operands, chunks: ChunkPlan, with_grad: bool, empty: memory.Empty) -> Workspace:
     vocab, grad_dtype = ops.head.weight.shape[0], gemm.gradient_dtype(ops.head.weight)
     in_place = not with_grad or grad_dtype == torch.float32
-    elements, remote = _scratch_elements(ops), ops.teacher_head.weight.device
+    elements = _scratch_elements(ops)
+    there = functools.partial(torch.empty, dtype=torch.float32, device=ops.teacher_head.weight.device)
     capped = with_grad and ops.head.softcap is not None
     return Workspace(
         logits=empty(2, chunks.rows, vocab),
-        z_remote=torch.empty(chunks.rows, vocab, device=remote) if ops.is_remote else None,
+        z_remote=there(chunks.rows, vocab) if ops.is_remote else None,
         slope=empty(chunks.rows, vocab) if capped else None,
         grad=None if in_place else empty(chunks.grad_rows, vocab, dtype=grad_dtype),
         scratch=empty(elements) if elements else None,
-        scratch_remote=torch.empty(elements, device=remote) if elements and ops.is_remote else None,
+        scratch_remote=there(elements) if elements and ops.is_remote else None,
     )
 
 

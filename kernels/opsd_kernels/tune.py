@@ -86,8 +86,8 @@ def on_device(vocab: int, gradient: str, divergence: Divergence) -> Measure:
     z_s = 3 * torch.randn(ROWS, vocab, generator=g, device="cuda")
     z_t = z_s + 0.1 * torch.randn(ROWS, vocab, generator=g, device="cuda")
     grad = torch.empty(ROWS, vocab, dtype=getattr(torch, gradient), device="cuda")
-    scale = torch.ones(ROWS, device="cuda")
-    out = RowOutputs(torch.empty(len(RESULTS), ROWS, device="cuda"))
+    scale = torch.ones(ROWS, dtype=torch.float32, device="cuda")
+    out = RowOutputs(torch.empty(len(RESULTS), ROWS, dtype=torch.float32, device="cuda"))
 
     def measure(name: str, launch: Launch) -> float:
         passes = Passes(z_s, z_t, False, divergence, scale, grad, out, None, launch)

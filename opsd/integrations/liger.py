@@ -46,7 +46,7 @@ class FusedLinearJSD(torch.nn.Module):
     ) -> Tensor:  # scalar, fp32
         n = student_input.shape[0]
         if shift_labels is None:
-            weights = torch.full((n,), 1 / max(n, 1), device=student_input.device)
+            weights = torch.full((n,), 1 / max(n, 1), dtype=torch.float32, device=student_input.device)
         elif shift_labels.shape != (n,):
             raise ValueError(f"expected shift_labels of shape ({n},), got {tuple(shift_labels.shape)}")
         else:

@@ -15,7 +15,7 @@ every_kind = pytest.mark.parametrize("kind", DIVERGENCES)
 def differentiate(student, weight, teacher, weights=None, upstream=None, **options):
     """Value and the gradients of hidden states, weight and bias."""
     leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (student, weight)]
-    bias = torch.linspace(-1, 1, len(weight)).to(weight.dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, len(weight), dtype=torch.float32).to(weight.dtype).requires_grad_()
     value = fused_token_kl(leaves[0], Head(leaves[1], bias), teacher, token_weights=weights, **options)
     (value.sum() if upstream is None else (value * upstream).sum()).backward()
     return [value.detach(), *(x.grad for x in (*leaves, bias))]
@@ -118,3 +118,23 @@ def test_strides_are_free(backend, dtype):
     expected = differentiate(*plain, weights=inputs.upstream, **options)
     for found, truth in zip(differentiate(*strided, weights=weights, **options), expected, strict=True):
         assert (found - truth).float().norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * truth.float().norm()
+
+
+@every_backend
+@pytest.mark.parametrize("support", [None, TopK(9)], ids=["whole", "top-k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_default_dtype_of_the_program_changes_nothing(backend, support, dtype):
+    """A row kernel writes fp32 through pointers: past the end of a table in half precision."""
+    inputs = cases.mixture(dtype, shared=True, n=5)
+    sides = (inputs.student_hidden, inputs.head, inputs.teacher_hidden)
+    options = {"divergence": Divergence("jsd", support=support), "backend": backend, "upstream": inputs.upstream}
+    expected = differentiate(*sides, **options)
+    default = torch.get_default_dtype()
+    for other in (torch.float64, torch.bfloat16):
+        try:
+            torch.set_default_dtype(other)
+            found = differentiate(*sides, **options)
+        finally:
+            torch.set_default_dtype(default)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)

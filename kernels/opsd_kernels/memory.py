@@ -40,8 +40,9 @@ def keep_workspace(keep: bool) -> bool:
 @contextmanager
 def workspace(device: torch.device) -> Iterator[Empty]:
     """What makes the tensors of one sweep on this device, which end with it."""
-    if device.type != "cpu" or not _keeps or _madvise() is None:
-        yield functools.partial(torch.empty, device=device)
+    plain = device.type == "cpu" and type(torch.empty(0, device=device)) is Tensor  # no fake one, which has no memory
+    if not plain or not _keeps or _madvise() is None:
+        yield functools.partial(torch.empty, dtype=torch.float32, device=device)
         return
     with _lock:  # a sweep in another thread finds none, and makes its own
         found, _kept[:] = _kept[:], []
@@ -52,6 +53,8 @@ def workspace(device: torch.device) -> Iterator[Empty]:
         if need < HUGE_PAGE:
             return torch.empty(*shape, dtype=dtype, device=device)
         fitting = [i for i, block in enumerate(found) if block.nbytes >= need]
+        if not fitting:
+            found.clear()  # a larger call: the blocks of a smaller one would be held beside its own
         used.append(found.pop(fitting[0]) if fitting else _block(need))
         return used[-1][:need].view(dtype).view(shape)
 
@@ -66,7 +69,7 @@ def workspace(device: torch.device) -> Iterator[Empty]:
 
 
 def _block(size: int) -> Tensor:
-    block = torch.empty(size, dtype=torch.uint8)
+    block = torch.empty(size, dtype=torch.uint8, device="cpu")
     _advise(block, mmap.MADV_HUGEPAGE, HUGE_PAGE)
     return block
 

@@ -2,9 +2,11 @@
 
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from opsd_kernels import Divergence, Head, fused_token_kl, memory
 from tests.kernels import cases
@@ -116,3 +118,36 @@ def test_an_error_in_the_middle_keeps_the_block():
     (x,) = made
     assert x.shape == (3, 1 << 20) and x.dtype == torch.float32 and x.is_contiguous()
     assert kept() == [x.data_ptr()]
+
+
+def test_the_block_of_a_smaller_call_is_not_held_beside_a_larger_one():
+    with memory.workspace(torch.device("cpu")) as empty:
+        empty(1 << 20)
+    smaller = weakref.ref(memory._kept[0])
+    with memory.workspace(torch.device("cpu")) as empty:
+        empty(1 << 21)
+        assert smaller() is None
+
+
+def test_the_default_device_of_the_program_is_not_asked():
+    wanted = results()
+    memory.keep_workspace(False)
+    memory.keep_workspace(True)
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, N, D, generator=g).unbind()
+    weight = torch.randn(V, D, generator=g)
+    with torch.device("meta"):
+        value = fused_token_kl(student, weight, teacher, divergence="jsd")
+    assert torch.equal(value, wanted[0])
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_fake_tensors_are_not_kept():
+    with FakeTensorMode():
+        value = fused_token_kl(torch.randn(N, D), torch.randn(V, D), torch.randn(N, D), backend="torch")
+    assert value.shape == (N,)
+    assert not kept()
+    results()
+    with FakeTensorMode():  # nor given a real one
+        fused_token_kl(torch.randn(N, D), torch.randn(V, D), torch.randn(N, D), backend="torch")
+    results()

@@ -1,5 +1,7 @@
 """What fused_token_kl accepts, said in one place. Raises ValueError("expected X, got Y")."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,6 +127,11 @@ def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
         raise ValueError(f"expected tokens of shape ({n},) in int64, got {tuple(tokens.shape)} in {tokens.dtype}")
     if tokens.device != student_hidden.device:
         raise ValueError(f"expected tokens on {student_hidden.device}, got {tokens.device}")
+
+
+def check_workspace(mib: float) -> None:
+    if not 0 < mib < math.inf:
+        raise ValueError(f"expected a positive, finite workspace_mib, got {mib}")
 
 
 def check_finite_rows(**hidden: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import TokenKL
-from opsd_kernels.checks import check_finite_rows, check_operands, check_support
+from opsd_kernels.checks import check_finite_rows, check_operands, check_support, check_workspace
 from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
@@ -122,6 +122,7 @@ def fused_token_kl(
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
     check_support(divergence, student)
+    check_workspace(workspace_mib)
     if check_finite and torch.compiler.is_compiling():
         raise ValueError("expected check_finite=False under torch.compile (it reads values on the host), got True")
     if check_finite:

@@ -285,6 +285,8 @@ class TestRefusals:
             ({"backend": "cuda"}, "expected backend out of auto, triton, native, torch"),
             ({"backend": "triton"}, "expected backend='triton' to be available for cpu tensors"),
             ({"workspace_mib": 0.001}, "expected workspace_mib >= "),
+            ({"workspace_mib": float("inf")}, "expected a positive, finite workspace_mib, got inf"),
+            ({"workspace_mib": float("nan")}, "expected a positive, finite workspace_mib, got nan"),
         ],
     )
     def test_bad_arguments(self, changes, message):

@@ -13,6 +13,8 @@ import torch
 
 from bench import gpu_checks, gpu_report, gpu_sections, providers
 from bench.cases import Case, operands
+from bench.cpu_table import RESULTS, draw
+from bench.cpu_table import table as cpu_table
 from bench.floor import DEVICES, gemm_ms, ratio, rows_ms, table
 from bench.measure import peak_extra_bytes
 from bench.results import from_pytest_benchmark, write
@@ -132,3 +134,12 @@ def test_no_matplotlib_is_not_fatal(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert write(tmp_path / "r", {"rows": []}) == "matplotlib is not installed"
     assert (tmp_path / "r.json").exists()
+
+
+def test_the_readme_has_the_table_of_the_committed_file(tmp_path: Path):
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert cpu_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+    without = cpu_table([row for row in rows if row["provider"] != "native" or "S2" not in row["case"]])
+    assert without.count("| - |") >= 4
+    draw(tmp_path / "op.png", rows)
+    assert (tmp_path / "op.png").stat().st_size > 10_000

@@ -23,9 +23,11 @@ def peak_extra_bytes(step: Callable[[], None], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
     kept = keep_workspace(False)  # one that is there already would not be counted
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    keep_workspace(kept)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        keep_workspace(kept)
     results: Any = profile.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0

@@ -1,8 +1,8 @@
 """Where a sweep gets its workspace. On a CPU it stays for the next call, and the system may take it back meanwhile.
 
-Memory that a process has not touched yet is cleared by the system page by page: a tenth of a whole call, and half of
-it on virtual machines that have given free memory back to their host. A workspace that stays is cleared once. Between
-calls it is marked MADV_FREE: it counts as resident, and where memory runs short it is the first to go.
+Memory that a process has not touched yet is cleared by the system page by page: about a tenth of a whole call, more in
+huge pages of a virtual machine that has given free memory back to its host. A workspace that stays is cleared once.
+Between calls it is marked MADV_FREE: it counts as resident, and where memory runs short it is the first to go.
 """
 
 import ctypes

@@ -18,8 +18,9 @@ from bench.engine_tasks import Steps
 from opsd.config import load_config
 from opsd.group import Group, micro_batches
 from opsd.metrics import Sums
+from opsd.opening import open_run
 from opsd.responses import Responses
-from opsd.run import Run, open_run
+from opsd.run import Run
 from opsd.step import learn, sample, teach
 
 RATE = 1e-6

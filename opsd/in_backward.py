@@ -14,7 +14,7 @@ had their backward. What holds:
   is said once; a larger `engine.token_budget` makes one pass of a step.
 
 A backward that runs out of memory is done again in smaller passes while no weight has moved, else the run ends. Several
-processes add up their gradients when all are whole: `opsd.run` refuses them.
+processes add up their gradients when all are whole: `opsd.checks` refuses them.
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ from opsd.config import Config, load_config
 from opsd.evaluate import measure
 from opsd.group import Group
 from opsd.metrics import Sums, log_step
+from opsd.opening import open_run
 from opsd.report import write_report
 from opsd.resume import is_run, newest_run, saved_config
-from opsd.run import Run, next_run_dir, open_run, run_dirs, with_run_dir
+from opsd.run import Run
+from opsd.run_dirs import next_run_dir, run_dirs, with_run_dir
 from opsd.saving import is_best, save, stop_if_asked
 from opsd.step import fitted, learn, passes, sample, teach
 from opsd.stop import Stop, Stopped, on_signals

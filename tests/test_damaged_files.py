@@ -15,7 +15,7 @@ from opsd.config import Config, load_config
 from opsd.data import order
 from opsd.errors import InputError
 from opsd.log import RunDir
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.train import train
 
 SIZE = TinySize(width=32, inner=64, layers=1, heads=2, vision_width=32, audio_width=32)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from opsd import export as module
 from opsd.export import export, main, merged
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.train import train
 from tests.family_jobs import family_job
 from tests.jobs import text_job

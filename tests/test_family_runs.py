@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from opsd.metrics import Sums
+from opsd.opening import open_run
 from opsd.rollout import rollout
-from opsd.run import open_run, with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.sampling import Sampling
 from opsd.step import learn, sample, teach
 from opsd.train import train

@@ -15,7 +15,7 @@ from opsd.group import micro_batches, with_advantages
 from opsd.log import RunDir
 from opsd.metrics import Sums
 from opsd.objectives.logprobs import token_logprobs
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.shelf import Shelf
 from opsd.step import learn, sample, teach
 from opsd.train import train

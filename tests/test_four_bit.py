@@ -25,7 +25,7 @@ from opsd.plan.plan import make_plan
 from opsd.plan.workload import Longest, Workload
 from opsd.prompts import PromptBuilder
 from opsd.rollout import rollout
-from opsd.run import with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.sampling import Sampling
 from opsd.teacher import build_teacher, score
 from opsd.train import train

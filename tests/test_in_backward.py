@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import opsd.train
 from bench.measure import peak_extra_bytes
+from opsd.checks import check_world
 from opsd.config import OptimConfig
 from opsd.errors import InputError
 from opsd.in_backward import InBackward
@@ -294,4 +295,4 @@ def _out_of_memory(grad: Tensor) -> Tensor:
 def test_several_processes_are_refused(tmp_path):
     config = text_job(tmp_path, "optim.in_backward=true")
     with pytest.raises(InputError, match=r"optim.in_backward.*false with 2 processes"):
-        opsd.run._check_world(config, World(0, 2))
+        check_world(config, World(0, 2))

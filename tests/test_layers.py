@@ -24,7 +24,7 @@ RANKS = [
     "rows data media decoder prompts prompt_cache features model four_bit adapter loading plain engine rewards",
     "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives adamw adamw_low_bit "
     "optim in_backward log progress trackers",
-    "checkpoint shelf resume group plan run saving metrics step held_out answers page report",
+    "checkpoint shelf resume group plan run run_dirs checks opening saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize export train ablation ablate",
 ]

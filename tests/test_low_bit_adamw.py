@@ -15,7 +15,7 @@ from opsd.adamw_low_bit import embedding_names, moments_of
 from opsd.config import OptimConfig, load_config
 from opsd.errors import InputError
 from opsd.optim import Optimizer
-from opsd.run import with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.train import train
 from tests.jobs import text_job
 from tests.test_resume import assert_same, weights

@@ -10,7 +10,7 @@ from opsd.config import load_config
 from opsd.group import micro_batches
 from opsd.loading import load_model
 from opsd.metrics import Sums
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.step import learn, sample, teach
 from tests.jobs import text_job
 

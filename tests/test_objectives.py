@@ -14,7 +14,7 @@ from opsd.objectives.distill import distill_loss
 from opsd.objectives.logprobs import token_logprobs
 from opsd.objectives.reward import clipped_loss, group_normalised, reward_loss
 from opsd.objectives.sft import sft_loss
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.sections import ObjectiveConfig
 from opsd.step import learn, sample, teach
 from opsd.teacher import score

@@ -278,7 +278,7 @@ def test_auto_takes_the_largest_passes_and_keeps_them(tmp_path, monkeypatch):
     run = opsd.train.train(config)
     assert json.loads((tmp_path / "run" / "passes.json").read_text()) == {"token_budget": run.budget.tokens}
     assert run.budget.tokens > 64
-    monkeypatch.setattr("opsd.run.fitting_budget", None)  # nobody asks again
+    monkeypatch.setattr("opsd.opening.fitting_budget", None)  # nobody asks again
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})})
     assert opsd.train.train(longer, resume=True).budget.tokens == run.budget.tokens
 

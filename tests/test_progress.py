@@ -10,8 +10,8 @@ import torch
 from opsd import progress
 from opsd.engine import response_hidden
 from opsd.metrics import Sums
+from opsd.opening import open_run
 from opsd.progress import left, make_progress
-from opsd.run import open_run
 from opsd.step import learn, sample, teach
 from opsd.train import train
 from tests.jobs import text_job

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from opsd.errors import InputError
-from opsd.run import with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.shelf import Shelf
 from opsd.train import main, train
 from tests.jobs import base_words, text_job

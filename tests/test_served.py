@@ -12,9 +12,9 @@ import torch
 from opsd.config import ModelConfig
 from opsd.errors import InputError
 from opsd.loading import load_model
+from opsd.opening import open_run
 from opsd.prompts import Prompt
 from opsd.rollout import rollout
-from opsd.run import open_run
 from opsd.sampling import Sampling
 from opsd.train import train
 from tests.endpoints import serving

@@ -13,7 +13,7 @@ from opsd import manifest
 from opsd.checkpoint import Meta, read_meta
 from opsd.config import CheckpointConfig
 from opsd.errors import InputError
-from opsd.run import with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.shelf import Shelf
 from opsd.train import main, train
 from tests.jobs import base_words, text_job
@@ -193,7 +193,7 @@ def test_the_held_out_loss_is_the_objectives_on_greedy_answers(tmp_path):
     from opsd.answers import answer
     from opsd.engine import response_hidden
     from opsd.held_out import held_out_loss
-    from opsd.run import open_run
+    from opsd.opening import open_run
     from opsd.step import sample
 
     words = [
@@ -289,7 +289,7 @@ def test_rows_that_changed_are_refused(copied, capsys, tmp_path):
 
 
 def test_two_processes_do_not_train_in_one_run(tmp_path, capsys):
-    from opsd.run import open_run
+    from opsd.opening import open_run
 
     config = text_job(tmp_path, "train.steps=1")
     with open_run(config):

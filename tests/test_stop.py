@@ -11,7 +11,7 @@ import pytest
 
 from opsd import train as loop
 from opsd.log import RunDir
-from opsd.run import with_run_dir
+from opsd.run_dirs import with_run_dir
 from opsd.stop import Stopped, on_signals
 from opsd.train import main, train
 from tests.jobs import base_words, text_job

@@ -162,7 +162,7 @@ def test_responses_end_where_their_text_first_contains_a_stop_string(setting, sl
 
 
 def test_a_stopped_response_is_not_truncated(tmp_path):
-    from opsd.run import open_run
+    from opsd.opening import open_run
     from opsd.step import sample
 
     config = text_job(tmp_path, "rollout.stop=[voice, face]", "rollout.max_new_tokens=30")

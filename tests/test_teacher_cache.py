@@ -12,11 +12,11 @@ from opsd.digests import model_identity
 from opsd.engine import response_hidden
 from opsd.group import micro_batches
 from opsd.loading import load_model
+from opsd.opening import open_run
 from opsd.prefix_entry import Version
 from opsd.prefix_store import open_store
 from opsd.prompts import PromptBuilder
 from opsd.responses import Responses
-from opsd.run import open_run
 from opsd.step import sample, teach
 from opsd.teacher import build_teacher, score
 from opsd.teacher_cache import TeacherCache

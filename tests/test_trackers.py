@@ -10,7 +10,7 @@ import pytest
 
 from opsd import trackers
 from opsd.errors import InputError
-from opsd.run import open_run
+from opsd.opening import open_run
 from opsd.train import train
 from tests.jobs import text_job
 

@@ -19,13 +19,14 @@ from opsd.ablation.arms import ARMS, split_arms
 from opsd.ablation.outcome import is_finished, read_outcome, summary
 from opsd.ablation.plot import draw
 from opsd.ablation.table import markdown
+from opsd.checks import check_rows
 from opsd.cli import guard, parser, split_words
 from opsd.config import Config, dump_config, load_config
 from opsd.data import read_examples
 from opsd.environment import environment
 from opsd.errors import InputError, writing
 from opsd.resume import same_config
-from opsd.run import check_rows, next_run_dir, with_run_dir
+from opsd.run_dirs import next_run_dir, with_run_dir
 
 # What reward alone did best with on validation clips (bench/NOTES.md); at the rate of the other arms it collapses.
 _EMBEDDED = ("grpo:optim.lr=1e-4", "grpo:objective.updates_per_rollout=2")

@@ -16,29 +16,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import opsd.rollout
 import opsd.train as loop
 from opsd import manifest
+from opsd.decode import Room, Slots
+from opsd.fit import Budget
 from opsd.shelf import Shelf
 from tests.jobs import base_words, text_job
 from tests.test_resume import assert_same
 
-PARTS = {  # of the loop, and the functions that are them
-    "rollout": "sample",
-    "teacher": "teach",
-    "student": "learn",
-    "log": "log_step",
-    "evaluate": "measure",
-    "save": "save",
+PARTS: dict[str, tuple[Any, str]] = {  # of the loop, and the functions that are them
+    "rollout": (loop, "sample"),
+    "teacher": (loop, "teach"),
+    "student": (loop, "learn"),
+    "log": (loop, "log_step"),
+    "evaluate": (loop, "measure"),
+    "save": (loop, "save"),
+    "passes": (Budget, "_write"),  # of passes.json
 }
 WORDS = ["evaluate.every=2", "log.samples_every=1", "checkpoint.every=1"]
 JOBS = {
     "full fine-tuning, EMA teacher": [],
+    "rollouts halved, passes found": ["engine.token_budget=auto"],
     "LoRA with dropout, dense EMA teacher": ["model.adapter=lora", "model.lora_dropout=0.1"],
     "frozen teacher, prompts cached on disk": ["teacher.kind=frozen", "engine.teacher_cache=disk"],
     "best kept": ["data.validation={folder}/rows.jsonl", "checkpoint.best=accuracy", "checkpoint.keep=1"],
 }
+HALVED = {"rollouts halved, passes found": 6}  # responses at a time that there is memory for; a step has 12
 PER_RUN = 5  # kills after which a run may finish
-LATEST = 0.04  # seconds from entering a part to the kill
+LATEST = {"passes": 0.004}  # seconds from entering a part to the kill
+LATE = 0.04  # of the other parts
 
 
 @dataclass
@@ -72,17 +81,17 @@ class Watched:
 
     def wrap(self) -> None:
         """In the child: the loop's functions tell."""
-        for place, name in enumerate(PARTS.values(), start=1):
-            setattr(loop, name, self._telling(getattr(loop, name), place))
+        for place, (owner, name) in enumerate(PARTS.values(), start=1):
+            setattr(owner, name, self._telling(getattr(owner, name), place))
 
     def _telling(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self._memory[place] = min(self._memory[place] + 1, 255)
-            self._memory[0] = place
+            around, self._memory[0] = self._memory[0], place
             try:
                 return function(*args, **kwargs)
             finally:
-                self._memory[0] = 0
+                self._memory[0] = around
 
         return call
 
@@ -102,6 +111,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> Figures:
         try:
             assert_same(run_dir, whole[name])
             assert sorted(map(_name, run_dir.rglob("*"))) == sorted(map(_name, whole[name].rglob("*")))
+            assert _passes(run_dir) == _passes(whole[name])
             figures.equal += 1
         except AssertionError as error:
             figures.unequal.append(f"{name}, {run_dir.name}: {str(error)[:300]}")
@@ -117,7 +127,8 @@ def _one_run(folder: Path, name: str, run_dir: Path, drawn: random.Random, figur
         if killed >= PER_RUN:
             assert _wait(pid) == 0, f"{run_dir} did not go on"
             return
-        status = _kill(pid, drawn.choice(list(PARTS)), drawn.randint(1, 2), drawn.uniform(0, LATEST), watched)
+        part, entries = _aim(name, run_dir, drawn)
+        status = _kill(pid, part, entries, drawn.uniform(0, LATEST.get(part, LATE)), watched)
         if status is not None:
             assert status == 0, f"{run_dir} ended with {status}"
             return
@@ -127,6 +138,13 @@ def _one_run(folder: Path, name: str, run_dir: Path, drawn: random.Random, figur
         figures.killed_in[where] = figures.killed_in.get(where, 0) + 1
         shelf = Shelf(run_dir / "checkpoints")
         figures.lost += sum(manifest.damage(shelf.path(step)) is not None for step in shelf.steps())
+
+
+def _aim(name: str, run_dir: Path, drawn: random.Random) -> tuple[str, int]:
+    """A part that the next attempt will enter, and how often it will have done so when it is killed."""
+    if name in HALVED and drawn.random() < 0.5:  # every start writes the budget, and the first rollout what it learns
+        return "passes", drawn.randint(1, 1 if "slots" in _passes(run_dir) else 2)
+    return drawn.choice([part for part in PARTS if part != "passes"]), drawn.randint(1, 2)
 
 
 def _start(folder: Path, name: str, run_dir: Path, watched: Watched) -> int:
@@ -142,6 +160,8 @@ def _start(folder: Path, name: str, run_dir: Path, watched: Watched) -> int:
         log = os.open(folder / f"{run_dir.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
         watched.wrap()
+        if name in HALVED:
+            _fill_up(HALVED[name])
         text_job(folder)  # model and rows, where they are missing
         words = [word for word in base_words(folder) if not word.startswith("train.run_dir")]
         words += [*WORDS, *(word.format(folder=folder) for word in JOBS[name]), f"train.run_dir={run_dir}"]
@@ -151,6 +171,23 @@ def _start(folder: Path, name: str, run_dir: Path, watched: Watched) -> int:
         status = loop.main([str(config), *words, "--resume", "auto"])
     finally:
         os._exit(status)
+
+
+def _fill_up(most: int) -> None:
+    """A device without memory for more responses at a time."""
+
+    def slots(model: Any, room: Room, *others: Any) -> Slots:
+        if room.slots > most:
+            raise torch.OutOfMemoryError(f"no room for {room.slots} responses")
+        return Slots(model, room, *others)
+
+    opsd.rollout.Slots = slots
+
+
+def _passes(run_dir: Path) -> str:
+    """What a run has learnt about its memory."""
+    file = run_dir / "passes.json"
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def _kill(pid: int, part: str, entries: int, delay: float, watched: Watched) -> int | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from opsd import autocast
 from opsd.attention_choice import Choice, choose_kernel
 from opsd.attention_kernels import Kernel
-from opsd.attention_plan import Joined, Plan, plan
+from opsd.attention_plan import Plan, plan
+from opsd.attention_rows import Joined
 from opsd.packing import Packed
 from opsd.prefix_entry import Stored
 

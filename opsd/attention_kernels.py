@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opsd.attention_plan import Part, Ragged
+from opsd.attention_plan import Part
+from opsd.attention_rows import Ragged
 
 _aten = torch.ops.aten
 

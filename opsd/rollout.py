@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from opsd import plain
+from opsd import plain_rollout
 from opsd.decode import Room, Slots
-from opsd.draw import Draw
 from opsd.engine import prefill
 from opsd.few_rows import few_rows
 from opsd.fit import Budget, retried
@@ -68,7 +66,7 @@ class Rollouts:
         """
         with self.model.mode(train=False), self.model.gathered(), few_rows(self.model.module):
             if not self.share_prefix:
-                return _plain(self.model, prompts, sampling, seeds)
+                return plain_rollout.rollout(self.model, prompts, sampling, seeds)
             before = replace(self.model.tokens)
 
             def smaller() -> str:
@@ -262,30 +260,3 @@ def _capturable(model: LanguageModel) -> bool:
     reason = obstacle(decoder, "bfloat16" in model.compute, capability)
     say_once("decode steps are captured in CUDA graphs" if reason is None else f"no CUDA graphs: {reason}")
     return reason is None
-
-
-def _plain(model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Responses:
-    """The plain twin: every response with a prompt of its own, transformers' cache, all rows to the end."""
-    owners = [prompt for prompt in prompts for _ in range(sampling.group_size)]
-    count = len(owners)
-    draw = Draw(model, sampling, count)
-    draw.reset(seeds)
-    every = torch.arange(count, device=model.device)
-    # a window would count the padding of a shorter prompt
-    for rows in every.split(1 if plain.has_windows(model) else count):
-        _plain_rows(model, [owners[i] for i in rows.tolist()], rows, draw)
-    draw.cut(range(count))
-    return draw.read(len(prompts))
-
-
-def _plain_rows(model: LanguageModel, owners: list[Prompt], row: Tensor, draw: Draw) -> None:
-    count, prefix = len(draw.checked), plain.prefill(model, owners)
-    hidden = prefix.last_hidden
-    seen = torch.ones(len(owners), 0, dtype=torch.bool, device=model.device)
-    for step in range(draw.sampling.max_new_tokens):
-        token, ends = draw.next(hidden, row, torch.full_like(row, step))
-        seen = torch.cat([seen, (row < count)[:, None]], 1)
-        row = row.masked_fill(ends, count)
-        if not bool((row < count).any()):
-            break
-        hidden = plain.extend(model, prefix, token[:, None], seen, offset=step)[:, 0]

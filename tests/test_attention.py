@@ -15,7 +15,8 @@ from opsd import attention, attention_choice, attention_kernels, attention_plan
 from opsd.attention import PackedKV, packed_attention
 from opsd.attention_choice import choose_kernel
 from opsd.attention_kernels import CPU_FLASH, CUDA_FLASH, DENSE
-from opsd.attention_plan import Joined, plan
+from opsd.attention_plan import plan
+from opsd.attention_rows import Joined, Rectangle
 from opsd.errors import InputError
 from opsd.packing import Packed, Tree
 from opsd.prefix_entry import Stored
@@ -212,7 +213,7 @@ def test_an_unmasked_repeat_of_a_key_is_seen(kernel, monkeypatch):
 
 @pytest.mark.parametrize("kernel", [CPU_FLASH, DENSE], ids=lambda kernel: kernel.name)
 def test_a_repeat_of_a_query_that_gets_gradient_is_seen(kernel, monkeypatch):
-    monkeypatch.setattr(attention_plan.Rectangle, "take_grad", attention_plan.Rectangle.take)
+    monkeypatch.setattr(Rectangle, "take_grad", Rectangle.take)
     assert worst(kernel) > 1e-3
 
 
@@ -368,6 +369,16 @@ def test_flash_attn_gives_the_definition_too(flash_attn, monkeypatch):
     for packed in CASES:
         for window in (None, 4):
             assert max(errors(packed, window, FLASH_ATTN, group=2)) < 2e-12
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_torchs_varlen_kernel_and_flash_attn_are_told_the_same_window(flash_attn, window):
+    """Both count the keys to the left of the diagonal; flash_attn's are checked against the definition above."""
+    from opsd.attention_flash_attn import _window
+
+    for part in plan(CASES[4], window, True, CPU):
+        reach = attention_kernels._reach(part)
+        assert (reach.get("window_size_left", -1), reach.get("window_size_right", -1)) == _window(part)
 
 
 def query(device, dtype=torch.bfloat16, width=64):

@@ -19,11 +19,11 @@ RANKS = [
     "fit",
     "sections config_problems config bnb cli leaks video processing packing responses positions",
     "prefix_entry prefix_codes tensor_file prefix_files prefix_store feature_cache",
-    "parts attention_plan attention_kernels attention_flash_attn attention_choice attention decode_attention families "
-    "liger",
+    "parts attention_rows attention_plan attention_kernels attention_flash_attn attention_choice attention "
+    "decode_attention families liger",
     "rows data media decoder prompts prompt_cache features model four_bit adapter loading plain engine rewards",
-    "sampling stopping graphs draw decode rollout served teacher_cache teacher objectives adamw adamw_low_bit "
-    "optim in_backward log progress trackers",
+    "sampling stopping graphs draw decode plain_rollout rollout served teacher_cache teacher objectives adamw "
+    "adamw_low_bit optim in_backward log progress trackers",
     "checkpoint shelf resume group plan run run_dirs checks opening saving metrics step held_out answers page report",
     "affect rationales",
     "evaluate recipes rationalize export train ablation ablate",

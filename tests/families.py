@@ -285,7 +285,7 @@ def prompts(family: Family, rationale: int = 0, seed: int = 0) -> list[Prompt]:
     if "audio" not in family.media:
         built = [
             start(0).text(3).image().text(2),
-            start(1).text(4),
+            start(1).text(1),
             start(2).text(1).image(4, 6).text(2).image().text(1).video(2).text(3),
         ]
     else:

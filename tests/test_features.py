@@ -116,6 +116,29 @@ def test_other_content_is_another_medium(setting):
             assert relative(prefill(model, [changed])[0].last_hidden, base) > 1e-4, name
 
 
+def test_the_same_patches_in_another_grid_are_another_medium(setting):
+    family, open_with = setting
+    model, plain = open_with(), open_with("engine.feature_cache_mib=0")
+    wide = Builder(family, 90).text(2).image(4, 8).text(1).prompt()
+    high = Prompt({**wide.inputs, "image_grid_thw": torch.tensor([[1, 8, 4]])}, "")
+    with torch.no_grad(), Double():
+        first = prefill(model, [wide])[0].last_hidden
+        found, want = (prefill(one, [high])[0].last_hidden for one in (model, plain))
+    assert relative(want, first) > 1e-4 and relative(found, want) < 1e-9
+
+
+def test_a_sound_is_found_whatever_it_was_padded_to(setting):
+    family, open_with = setting
+    if "audio" not in family.media:
+        pytest.skip("no sounds")
+    model = open_with()
+    alone = Builder(family, 91).sound(120).text(1).prompt()
+    beside = Builder(family, 91).sound(120).sound(200).text(1).prompt()
+    passes(model, family, [alone])
+    passes(model, family, [beside])
+    assert (model.towers.metrics()["hits"], model.towers.metrics()["misses"]) == (1, 2)
+
+
 def test_a_mixture_of_known_and_new_media_keeps_their_order(setting):
     family, open_with = setting
     model, plain = open_with(), open_with("engine.feature_cache_mib=0")

@@ -95,3 +95,11 @@ def test_bfloat16_computes_in_bf16_and_trains_fp32_weights_without_an_adapter(fo
     assert seen == [outputs]
     assert model.head.weight.dtype == weights and decoder.layers[1].mlp.up_proj.weight.dtype == weights
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_computed_prefixes_are_told_apart_by_dtype_and_layers(folder):
+    """The same fp32 weights, computed with in fp32, in bf16, and by Liger's layers."""
+    exact, mixed = open_model(folder), open_model(folder, "model.dtype=bfloat16")
+    names = {exact.compute, mixed.compute, open_model(folder).compute}
+    exact.fused = True
+    assert len(names) == 2 and exact.compute not in names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd.packing import first_fit_decreasing, units
+from opsd.packing import first_fit_decreasing, in_passes, units
 
 SIZES = st.lists(st.integers(1, 12), max_size=12)
 
@@ -42,3 +42,13 @@ def test_responses_of_a_prompt_stay_together_where_they_fit(groups, budget):
     for prompt, (root, lengths) in enumerate(groups):
         of_prompt = [unit for unit in made if unit.prompt == prompt]
         assert len(of_prompt) == bool(lengths) if root + sum(lengths) <= budget else len(of_prompt) >= 1 or not lengths
+
+
+@given(sizes=SIZES, budget=st.integers(1, 20))
+def test_passes_keep_the_order_and_are_as_full_as_the_budget_allows(sizes, budget):
+    runs = in_passes(range(len(sizes)), sizes, budget)
+    assert [i for run in runs for i in run] == list(range(len(sizes))) and all(runs)
+    loads = [sum(sizes[i] for i in run) for run in runs]
+    assert all(load <= budget or len(run) == 1 for load, run in zip(loads, runs, strict=True))
+    for load, after in zip(loads, runs[1:], strict=False):
+        assert load + sizes[after[0]] > budget, "the next item had room in the pass before"

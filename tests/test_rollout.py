@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import opsd.decode
 import opsd.rollout
 from opsd.data import read_examples
+from opsd.draw import Draw
 from opsd.engine import response_hidden
 from opsd.errors import InputError
 from opsd.fit import Budget
@@ -17,6 +19,7 @@ from opsd.responses import Responses
 from opsd.rollout import Rollouts, decode, rollout
 from opsd.sampling import Sampling
 from tests.jobs import text_job
+from tests.test_sampling import below_one_in_a_thousand, chi_square
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,70 @@ def test_slots_and_sharing_change_nothing(setting, sampling):
         assert got.lengths == want.lengths and got.owners == want.owners
         assert torch.equal(got.tokens, want.tokens)
         torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_columns_that_grow_change_nothing(setting, monkeypatch):
+    model, prompts = setting
+    seeds, sampling = list(range(len(prompts))), Sampling(3, 12)
+    want = rollout(model, prompts, sampling, seeds, slots=4)
+    monkeypatch.setattr(opsd.decode, "_FIRST_COLUMNS", 2)
+    got = rollout(model, prompts, sampling, seeds, slots=4)
+    assert max(want.lengths) > 8 and token_lists(got) == token_lists(want)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_any_of_several_end_tokens_ends_a_response(setting, monkeypatch, share_prefix):
+    """As chat models have them. The response is that of one end token, up to the first of them all."""
+    model, prompts = setting
+    seeds, sampling, other = list(range(len(prompts))), Sampling(4, 12), model.tokenizer.convert_tokens_to_ids("high")
+    whole = token_lists(rollout(model, prompts, sampling, seeds))
+    monkeypatch.setattr(model, "end_ids", [*model.end_ids, other])
+    found = token_lists(rollout(model, prompts, sampling, seeds, share_prefix=share_prefix))
+    ends = [row.index(other) + 1 if other in row else len(row) for row in whole]
+    assert found == [row[:end] for row, end in zip(whole, ends, strict=True)] != whole
+
+
+def test_a_draw_begins_again_with_nothing_of_the_call_before(setting):
+    """On CUDA it serves every call of a run."""
+    model, _ = setting
+    sampling = Sampling(2, 3, stop=("face",))
+    hidden, rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    used, fresh = Draw(model, sampling, 4), Draw(model, sampling, 4)
+    used.reset([1, 2])
+    with torch.no_grad():
+        for at in range(3):
+            used.next(hidden, rows, torch.full_like(rows, at))
+    used.cut(range(4))
+    assert used.lengths[:4].tolist() == used.checked == [3] * 4
+    used.reset([3, 4])
+    fresh.reset([3, 4])
+    for name in ("tokens", "logprobs", "lengths", "uniform"):
+        assert torch.equal(getattr(used, name), getattr(fresh, name)), name
+    assert used.checked == fresh.checked
+
+
+def test_frequencies_of_sampled_responses_pass_chi_square(setting):
+    """First and second token together, over seeds and over responses of a seed: the product of the model's own
+    probabilities."""
+    model, prompts = setting
+    count, prompt = 4096, prompts[0].inputs["input_ids"]
+    out = rollout(model, [prompts[0]] * 64, Sampling(64, 2), list(range(64)), slots=512)
+
+    def probabilities(ids):
+        with torch.no_grad():
+            logits = model.module(input_ids=ids).logits[:, -1].double()
+        return logits.index_fill(1, torch.tensor(model.suppressed_ids), -torch.inf).softmax(-1)
+
+    size, [end] = model.head.weight.shape[0], model.end_ids
+    after = probabilities(torch.cat([prompt.expand(size, -1), torch.arange(size)[:, None]], 1))
+    after[end] = torch.zeros(size).index_fill(0, torch.tensor(model.pad_id), 1.0)  # nothing follows
+    expected = count * (probabilities(prompt)[0][:, None] * after).flatten()
+    seen = (size * out.tokens[:, 0] + out.tokens[:, 1]).bincount(minlength=size * size).double()
+    assert seen[expected == 0].sum() == 0
+    often = expected >= 5
+    seen, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (seen, expected))
+    assert len(seen) > 50 and below_one_in_a_thousand(chi_square(seen, expected), len(seen) - 1)
 
 
 def test_logprobs_are_those_of_the_model_that_is_trained(setting):

@@ -26,6 +26,7 @@ FILTERS = {
     "tight top_p": {"top_p": 1e-6},
     "wide top_p": {"top_p": 0.999},
     "min_p": {"min_p": 0.1},
+    "min_p of the likeliest": {"min_p": 1.0},
     "all": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05},
 }
 filters = pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)

@@ -9,7 +9,7 @@ import torch
 
 from opsd.data import read_examples
 from opsd.digests import model_identity
-from opsd.engine import response_hidden
+from opsd.engine import prefill, response_hidden
 from opsd.group import micro_batches
 from opsd.loading import load_model
 from opsd.opening import open_run
@@ -175,6 +175,54 @@ def test_prompts_split_over_passes_are_computed_once_per_update(tmp_path):
         teach(run, parts[0])
         assert run.teacher_cache.metrics()["teacher_cache_misses"] == different + len(parts[0].prompts)
         assert run.teacher_cache.store.memory[0].kept.bytes < counts["teacher_cache_host_bytes"]
+
+
+@torch.no_grad()
+def test_a_moving_teachers_prompts_are_kept_only_for_who_asks_again(setting):
+    config, model, prompts, responses = setting
+    cache = cache_of(config, model)
+    cache.hidden(model, 0, prompts, responses, [False, True, False])
+    [(key, _)] = cache.store.memory[0].kept.items()
+    assert key.length == prompts[1].length
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [0, 1], ids=["for none", "for one"])
+def test_a_tight_budget_costs_hits_and_changes_no_bit(setting, room):
+    config, model, prompts, responses = setting
+    want = cache_of(config, model).hidden(model, None, prompts, responses, [False] * 3)
+    cache = cache_of(config, model)
+    largest = max(one.nbytes for one in prefill(model, prompts))
+    cache.store.memory[0].kept.budget = room * largest
+    for _ in range(3):
+        assert torch.equal(cache.hidden(model, None, prompts, responses, [False] * 3), want)
+        assert cache.store.memory[0].kept.bytes <= room * largest
+    found = cache.metrics()
+    assert found["teacher_cache_misses"] + found["teacher_cache_host_hits"] == 9
+    assert (found["teacher_cache_host_evictions"] > 0) == (room > 0) and found["teacher_cache_misses"] > 3
+
+
+@torch.no_grad()
+def test_a_flipped_byte_and_a_killed_writer_are_counted_and_change_no_bit(setting, tmp_path):
+    config, model, prompts, responses = setting
+    folder = tmp_path / "cache"
+
+    def ran():
+        cache = cache_of(config, model, teacher_cache="disk", teacher_cache_dir=folder)
+        hidden = cache.hidden(model, None, prompts, responses, [False] * 3)
+        cache.store.flush()
+        return hidden, {name.removeprefix("teacher_cache_disk_"): n for name, n in cache.metrics().items()}
+
+    want, _ = ran()
+    file = sorted(folder.glob("prefix-*"))[1]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (folder / ".writing").write_bytes(content[:99])  # what a kill leaves
+    for damaged, abandoned, hits in ((1, 1, 2), (0, 0, 3)):
+        found, counts = ran()
+        assert torch.equal(found, want)
+        assert (counts["damaged"], counts["abandoned"], counts["hits"]) == (damaged, abandoned, hits)
 
 
 def test_the_version_says_whose_weights_only_where_files_outlive_them(setting, tmp_path):

@@ -75,6 +75,8 @@ def open_run(
 def _begin(run: Run) -> None:
     """What the folder holds is made what the run goes on from: nothing of steps that will be done again."""
     dump_config(run.config, run.directory.path / "config.yaml")  # again on resume: it may train for longer now
+    if run.config.engine.token_budget == "auto":
+        run.budget.keep()  # beside a config alone: without one the folder would be no run's, and not empty
     run.directory.rewind(run.start or -1)  # without a checkpoint the run starts over
     shelf = Shelf(run.directory.checkpoints)
     shelf.set_aside(run.start)
@@ -164,8 +166,6 @@ def _budget(
     budget.tokens = int(world.told(str(budget.tokens)))
     budget.slots = int(world.told(str(budget.slots)))
     budget.prompt_tokens = int(world.told(str(budget.prompt_tokens)))
-    if config.engine.token_budget == "auto":
-        budget.keep()
     return budget
 
 

@@ -290,6 +290,16 @@ def test_auto_where_nothing_fits_ends_before_the_first_step(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def test_auto_of_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise InputError("a folder", "none", field="engine.teacher_cache_dir")
+
+    monkeypatch.setattr("opsd.opening._teacher_cache", fail)
+    with pytest.raises(InputError, match="teacher_cache_dir"):
+        opsd.train.train(text_job(tmp_path, "engine.token_budget=auto"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sizes():
     assert parsed("24GiB") == 24 << 30 and parsed("1.5 GB") == 1_500_000_000 and parsed("512MiB") == 512 << 20
     for wrong in ("24", "GiB", "-1GiB", "0GiB", "24 TiB"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from opsd.config import Config, load_config
 from opsd.model import LanguageModel
-from opsd.plan import rehearse
+from opsd.plan import alike, rehearse, round_trip
 from opsd.plan.ledger import Ledger
 from opsd.plan.outline import outline
 from opsd.plan.plan import Plan, make_plan
@@ -21,7 +21,14 @@ WORDS = {
     "adapter": ("model.adapter=lora", "model.dtype=bfloat16"),
     "mixed": ("model.dtype=bfloat16", "evaluate.batch_size=3"),
     "codes": ("model.adapter=lora", "model.quantize=nf4", "engine.prefix_dtype=int8"),
+    "checkpointed": ("model.adapter=lora", "model.dtype=bfloat16", "model.activation_checkpointing=true"),
+    "offloaded": ("model.adapter=lora", "model.dtype=bfloat16", "model.activation_checkpointing=offload"),
+    "full": ("model.activation_checkpointing=true",),
+    "in passes": ("engine.token_budget=300",),
+    "in backward": ("optim.in_backward=true", "optim.max_grad_norm=null"),
+    "twice": ("optim.in_backward=true",),
 }
+NO_TRIPS = ("mixed", "offloaded", "twice")  # layers leave copies of weights, their inputs, their graphs
 
 
 def written(folder: Path, family: str) -> None:
@@ -51,6 +58,8 @@ def config_width(model: LanguageModel) -> int:
 CASES = [
     *((family, "adapter", None) for family in ("qwen2", "qwen2_windowed", "gemma3", "cohere", "qwen3_omni_moe")),
     *(("qwen2_5_omni", "codes", None), ("qwen2", "mixed", None), ("qwen2", "adapter", 4)),
+    *(("qwen2", words, None) for words in ("offloaded", "full", "in passes", "in backward", "twice")),
+    *(("qwen2_windowed", "checkpointed", None), ("qwen2", "checkpointed", 4)),
 ]
 
 
@@ -62,11 +71,12 @@ def test_told_layers_take_what_seen_ones_do(tmp_path, monkeypatch, family, words
     (tmp_path / "config.yaml").write_text("{}")
     own = [f"model.path={tmp_path / 'model'}", "teacher.kind=frozen", "rollout.max_new_tokens=30", "rollout.slots=7"]
     config = load_config(tmp_path / "config.yaml", [*own, "data.test=rows.jsonl", *WORDS[words]])
-    told, rise, cuda = [], Ledger.rise, words == "codes"
+    told, rise, trips, cuda = [], Ledger.rise, [], words == "codes"
     monkeypatch.setattr(Ledger, "rise", lambda self, by: (told.append(by), rise(self, by)))
+    monkeypatch.setattr(alike, "told", lambda *args: (trips.append(len(args)), round_trip.told(*args))[1])
     found = planned(config, cuda, wide)
-    # under autocast every layer leaves copies of its weights
     assert bool(told) == (words != "mixed")
-    monkeypatch.setattr(rehearse, "Alike", lambda ledger, layers: None)
+    assert bool(trips) == (words not in NO_TRIPS)
+    monkeypatch.setattr(rehearse, "Alike", lambda ledger, layers, trips: None)
     told.clear()
     assert planned(config, cuda, wide) == found and not told

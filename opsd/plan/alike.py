@@ -1,7 +1,8 @@
-"""Layers that are alike, rehearsed once a pass where no gradient is wanted: the second is seen, the others are told.
+"""Layers that are alike, rehearsed once a pass: one is seen, the others are told.
 
-The first layer of a pass may leave behind what all of them use. A later one that leaves nothing but its results, and
-frees nothing that was there, does to the ledger what any layer of its kind will do in this pass.
+The first layer of a pass may leave behind what all of them use. Where no gradient is wanted, a later one that leaves
+nothing but its results, and frees nothing that was there, does to the ledger what any layer of its kind will do in this
+pass. Where gradients are wanted the second one makes its round trip apart from the pass.
 """
 
 from __future__ import annotations
@@ -16,57 +17,66 @@ import torch
 from torch import Tensor, nn
 
 from opsd.plan.ledger import Ledger
-from opsd.plan.shapes import described
+from opsd.plan.round_trip import RoundTrip, seen_apart, told
+from opsd.plan.shapes import Place, described
 
 _OWN = ("layer_idx", "training", "forward", "kwargs")  # of a layer alone or of the whole pass; what peft made it with
 _SIMPLE = (bool, int, float, str, type(None), list, tuple, dict, set, partial, torch.dtype, torch.device)
 
 
-class _Place(NamedTuple):
-    """A tensor in a storage of its own, which may be longer."""
-
-    items: int
-    offset: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(x: Tensor) -> _Place:
-        items = x.untyped_storage().nbytes() // x.itemsize
-        return _Place(int(items), int(x.storage_offset()), x.size(), x.stride(), x.dtype)
-
-    def another(self) -> Tensor:
-        whole = torch.empty(self.items, dtype=self.dtype, device="meta")
-        return whole.as_strided(self.size, self.stride, self.offset)
-
-
 class _Seen(NamedTuple):
     """What a layer leaves, and the bytes by name on top of what was alive before when it has most."""
 
-    results: list[_Place]  # its output; its keys and values, where the pass keeps them
+    results: list[Place]  # its output; its keys and values, where the pass keeps them
     rise: Counter[str]
 
 
 class Alike:
-    """Put around the layers of a decoder on meta. Where gradients are wanted they run as ever."""
+    """Put around the layers of a decoder on meta. trips: tell round trips too, not forwards without gradients alone.
 
-    def __init__(self, ledger: Ledger, layers: Iterable[nn.Module]):
-        self.ledger = ledger
+    Round trips are of backwards that free what they use, and of layers that leave the rest of the pass alone: not with
+    retain_graph, not where inputs of several layers are on their way to the host.
+    """
+
+    def __init__(self, ledger: Ledger, layers: Iterable[Any], trips: bool):
+        self.ledger, self.trips = ledger, trips
         self._pass: weakref.ref[Any] | None = None
         self._seen: dict[Any, _Seen] = {}  # of this pass, by the kind of layer and what it is given
+        self._trips: dict[Any, RoundTrip | None] = {}  # the same; None: to be rehearsed, each of them
+        self._met: set[Any] = set()
         for index, layer in enumerate(layers):
+            kind = _kind(layer)
             own = type(layer).forward.__get__(layer)
-            layer.forward = partial(self._forward, own, index, _kind(layer))
+            layer.forward = partial(self._forward, layer, own, index, kind)
+            if hasattr(layer, "_gradient_checkpointing_func"):
+                checkpoint = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = partial(self._checkpointed, layer, checkpoint, kind)
 
-    def _forward(self, own: Callable[..., Any], index: int, kind: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = kwargs.get("packed")
-        if carried is None or torch.is_grad_enabled():
+    def _forward(self, layer: Any, own: Callable[..., Any], index: int, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._there(own, index, kind, args, kwargs)
+        if layer.training and getattr(layer, "gradient_checkpointing", False):  # within the checkpoint
             return own(*args, **kwargs)
-        if self._pass is None or self._pass() is not carried:
-            self._pass, self._seen = weakref.ref(carried), {}
-        kept = getattr(carried, "kept", {})
-        key = kind, described(args), described({name: x for name, x in kwargs.items() if x is not carried})
+        return self._there_and_back(layer, own, kind, args, kwargs)
+
+    def _checkpointed(
+        self, layer: nn.Module, checkpoint: Callable[..., Any], kind: Any, function: partial[Any], *args: Any
+    ) -> Any:
+        """transformers' call of a checkpointed layer: what it gets by name is in `function` already."""
+
+        def own(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(partial(function.func, **kwargs), *args)
+
+        return self._there_and_back(layer, own, kind, args, function.keywords)
+
+    def _there(
+        self, own: Callable[..., Any], index: int, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A forward without gradients."""
+        key = self._key(kind, args, kwargs)
+        if key is None:
+            return own(*args, **kwargs)
+        kept = getattr(kwargs["packed"], "kept", {})
         if key in self._seen:
             seen = self._seen[key]
             self.ledger.rise(seen.rise)
@@ -77,14 +87,39 @@ class Alike:
         out, rise, left = self.ledger.watched(lambda: own(*args, **kwargs))
         results = [out, *kept.get(index, ())]
         if all(isinstance(x, Tensor) for x in results) and left == sorted(id(x.untyped_storage()) for x in results):
-            self._seen[key] = _Seen([_Place.of(x) for x in results], rise)
+            self._seen[key] = _Seen([Place.of(x) for x in results], rise)
         return out
+
+    def _there_and_back(
+        self, layer: nn.Module, own: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A forward that a backward will follow."""
+        key = self._key(kind, args, kwargs) if self.trips and args[0].requires_grad else None
+        if key is None:
+            return own(*args, **kwargs)
+        if key not in self._met:
+            self._met.add(key)
+            return own(*args, **kwargs)
+        inputs, parameters = (args, kwargs), list(layer.parameters())
+        if key not in self._trips:
+            self._trips[key] = seen_apart(self.ledger, own, inputs, parameters)
+        trip = self._trips[key]
+        return own(*args, **kwargs) if trip is None else told(self.ledger, trip, inputs, parameters)
+
+    def _key(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Equal for layers of a pass that do the same to the ledger; None outside a packed pass."""
+        carried = kwargs.get("packed")
+        if carried is None:
+            return None
+        if self._pass is None or self._pass() is not carried:
+            self._pass, self._seen, self._trips, self._met = weakref.ref(carried), {}, {}, set()
+        return kind, described(args), described({name: x for name, x in kwargs.items() if x is not carried})
 
 
 def _kind(layer: nn.Module) -> Any:
     """Equal for layers with the same modules, settings and shapes of parameters."""
     return tuple(
-        (name, type(one), _settings(one), tuple((n, p.shape, p.dtype) for n, p in _own_tensors(one)))
+        (name, type(one), _settings(one), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in _own_tensors(one)))
         for name, one in layer.named_modules()
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +16,7 @@ from opsd.plan.names import ACTIVATIONS, ON_HOST
 from opsd.plan.shapes import Shapes
 
 T = TypeVar("T")
+Known = dict[int, tuple[weakref.ref[Any], str, int]]  # of a storage's id: itself, its name, its bytes
 
 
 class Ledger(TorchDispatchMode):
@@ -33,7 +35,7 @@ class Ledger(TorchDispatchMode):
         self._name = ACTIVATIONS
         self._total = self._peak = 0
         self._most: Counter[str] = Counter()  # on the host, whose peak is another
-        self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._known: Known = {}
         self._shapes = Shapes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,14 +82,60 @@ class Ledger(TorchDispatchMode):
     def watched(self, call: Callable[[], T]) -> tuple[T, Counter[str], list[int] | None]:
         """call() within a phase; what was alive on top of the bytes before when there was most of it; and the storages
         that it leaves behind, sorted ids, or None where it freed one that was there before."""
-        outer, before, known = (self._peak, self.at_peak), self.live.copy(), self._known.copy()
-        self._peak, self.at_peak = self._total, before
+        outer, known = (self._peak, self.at_peak), self.known()
+        risen = self.from_here()
         out = call()
-        rise = self.at_peak - before
+        rise = risen()
         if outer[0] >= self._peak:
             self._peak, self.at_peak = outer
-        freed = any(self._known.get(key) is not entry for key, entry in known.items())
-        return out, rise, None if freed else sorted(self._known.keys() - known.keys())
+        return out, rise, self.since(known)
+
+    def from_here(self) -> Callable[[], Counter[str]]:
+        """Begin a peak anew. The result tells what was alive at that peak on top of what is alive now; less than
+        nothing of what had gone by then."""
+        before = self.live.copy()
+        self._peak, self.at_peak = self._total, before
+
+        def risen() -> Counter[str]:
+            rise = self.at_peak.copy()
+            rise.subtract(before)
+            return rise
+
+        return risen
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Afterwards the peak is what it was before."""
+        outer = self._peak, self.at_peak
+        try:
+            yield
+        finally:
+            self._peak, self.at_peak = outer
+
+    def known(self) -> Known:
+        """The storages that are alive, by id."""
+        return self._known.copy()
+
+    def since(self, known: Known) -> list[int] | None:
+        """Sorted ids of the storages that have come, or None where one has gone."""
+        gone = any(storage() is None for storage, _, _ in known.values())
+        return None if gone else sorted(self._known.keys() - known.keys())
+
+    def made(self, sizes: Counter[str]) -> list[Tensor]:
+        """Tensors of so many bytes by name."""
+        found = []
+        for name, size in sizes.items():
+            with self.under(name):
+                found.append(torch.empty(size, dtype=torch.uint8, device="meta"))
+        return found
+
+    def sizes(self, keys: Iterable[int]) -> Counter[str]:
+        """Bytes of storages by name."""
+        found = Counter[str]()
+        for key in keys:
+            _, name, size = self._known[key]
+            found[name] += size
+        return found
 
     def rise(self, by: Counter[str]) -> None:
         """As if so much had been alive for a moment."""

@@ -42,7 +42,9 @@ class Rehearsal:
         self.ledger = Ledger(512 if cuda else 64)
         if cuda:
             checkpointed(model, HostShapes(self.ledger))
-        Alike(self.ledger, model.module.get_decoder().layers)
+        twice = config.optim.in_backward and config.optim.max_grad_norm is not None  # the backward, over one graph
+        offloads = config.model.activation_checkpointing == "offload"
+        Alike(self.ledger, model.module.get_decoder().layers, trips=not twice and not offloads)
         every = dict(model.module.named_parameters())
         adapter = [p for name, p in every.items() if ".lora_" in name]
         self.ledger.name([*every.values(), *model.module.buffers(), *scales(model.module)], WEIGHTS)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Place(NamedTuple):
+    """A tensor in a storage of its own, which may be longer."""
+
+    items: int
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: Tensor) -> Place:
+        items = x.untyped_storage().nbytes() // x.itemsize
+        return Place(int(items), int(x.storage_offset()), x.size(), x.stride(), x.dtype)
+
+    def another(self) -> Tensor:
+        whole = torch.empty(self.items, dtype=self.dtype, device="meta")
+        return whole.as_strided(self.size, self.stride, self.offset)
 
 
 class Shapes:

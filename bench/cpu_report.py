@@ -1,8 +1,11 @@
 """`python -m bench.cpu_report --out NAME.json`: the targets of a CPU, whole shapes, providers timed in turn.
 
 A shared machine drifts by tens of percent within a minute, so every round times each provider once, and what is
-reported is the median over rounds of a provider's time divided by the floor's of the same round. Cases that the file
-has from a run before stay in it unless they are measured again: the whole can be done in parts.
+reported is the median over rounds of a provider's time divided by the floor's of the same round. Each runs twice in its
+turn, and the second is timed: the first touches the memory that a loop of its own would find touched. `stolen` is the
+share of the processors that other machines of the host had meanwhile; with more than a few percent a row is not worth
+much. Cases that the file has from a run before stay in it unless they are measured again: the whole can be done in
+parts.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import FULL_CASES, Case, gradient_error
-from bench.measure import interleaved, peak_extra_bytes
+from bench.measure import interleaved, peak_extra_bytes, stolen
 from bench.providers import PROVIDERS, absent, max_error
 from opsd.environment import environment
 
@@ -37,7 +40,9 @@ def measure(case: Case, names: tuple[str, ...], rounds: int, seconds: float) -> 
             continue
         facts[name] = {"error": error, "extra_mib": peak_extra_bytes(step, case.device) / 2**20}
         steps[name] = step
-    times = interleaved(steps, rounds, seconds)
+    before = stolen()
+    times = interleaved(steps, rounds, seconds, again=True)
+    refused, ticks = (b - a for a, b in zip(before, stolen(), strict=True))
     rows = []
     for name, known in facts.items():
         row: dict[str, Any] = {"case": str(case), "provider": name, **known}
@@ -49,6 +54,7 @@ def measure(case: Case, names: tuple[str, ...], rounds: int, seconds: float) -> 
                 "of_floor": statistics.median(ratios),
                 "of_best_floor": min(times[name]) / min(times["floor"]),
                 "rounds": len(ratios),
+                "stolen": refused / max(ticks, 1),
             }
         rows.append(row)
     return rows
@@ -60,7 +66,7 @@ def line(row: dict[str, Any]) -> str:
     extra = f"  {row['extra_mib']:7.0f} MiB  dX error {row['error']:.1e}" if "error" in row else ""
     return (
         f"  {row['provider']:14s} {row['ms']:8.0f} ms  {row['of_floor']:5.2f} x floor  "
-        f"(best of both {row['of_best_floor']:.2f}){extra}"
+        f"(best of both {row['of_best_floor']:.2f}, stolen {row['stolen']:.0%}){extra}"
     )
 
 

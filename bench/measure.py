@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,17 +39,36 @@ def peak_extra_bytes(step: Callable[[], None], device: str) -> int:
 
 
 def interleaved(
-    steps: dict[str, Callable[[], None]], rounds: int, seconds: float = float("inf")
+    steps: dict[str, Callable[[], None]], rounds: int, seconds: float = float("inf"), again: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each step by name, one of each in turn, on CUDA by events. Stops early when `seconds` are spent."""
+    """Seconds of each step by name, one of each in turn, on CUDA by events. Stops early when `seconds` are spent.
+
+    again: every step runs twice in its turn, and the second is timed: as in a loop that does nothing else, with the
+    memory that the first one touched.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
         for name, step in steps.items():
+            if again:
+                step()
             times[name].append(timed(step))
     return times
+
+
+def stolen() -> tuple[int, int]:
+    """Ticks of the processors since the start that other machines of the host had, and all ticks; zeros where unknown.
+
+    The former lengthen whatever is being timed.
+    """
+    try:
+        _, *ticks = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    except OSError:
+        return 0, 0
+    own = [int(one) for one in ticks[:8]]  # user, nice, system, idle, iowait, irq, softirq, steal
+    return own[7], sum(own)
 
 
 def timed(step: Callable[[], None]) -> float:

@@ -56,6 +56,7 @@ VISION = {
     "out_hidden_size": 32,
 }
 WINDOWED = {**VISION, "window_size": 16, "fullatt_block_indexes": [1]}
+# Of two layers of the tower, behind the first two of the decoder: a third sees what both have added.
 DEEPSTACK = {**VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 AUDIO_TOWER = {
     "num_mel_bins": MEL,
@@ -139,7 +140,7 @@ def qwen3_vl() -> tuple[str, Any]:
     from transformers import Qwen3VLConfig
 
     return "Qwen3VLForConditionalGeneration", Qwen3VLConfig(
-        text_config=text(head_dim=8, rope_parameters=rope(mrope_interleaved=True)), vision_config=DEEPSTACK,
+        text_config=text(head_dim=8, rope_parameters=rope(mrope_interleaved=True), layers=3), vision_config=DEEPSTACK,
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=V_START, vision_end_token_id=V_END,
     )  # fmt: skip
 
@@ -159,7 +160,7 @@ def qwen3_omni_moe() -> tuple[str, Any]:
 
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return "Qwen3OmniMoeThinkerForConditionalGeneration", Qwen3OmniMoeThinkerConfig(
-        text_config=text(head_dim=8, rope_parameters=rope(mrope_interleaved=True), **experts),
+        text_config=text(head_dim=8, rope_parameters=rope(mrope_interleaved=True), layers=3, **experts),
         vision_config=DEEPSTACK, audio_config={**AUDIO_TOWER, "downsample_hidden_size": 8},
         audio_token_id=AUDIO, image_token_id=IMAGE, video_token_id=VIDEO, audio_start_token_id=A_START,
         vision_start_token_id=V_START, vision_end_token_id=V_END,

@@ -139,6 +139,18 @@ def test_a_sound_is_found_whatever_it_was_padded_to(setting):
     assert (model.towers.metrics()["hits"], model.towers.metrics()["misses"]) == (1, 2)
 
 
+def test_a_sound_that_comes_twice_in_a_pass_is_computed_once(setting):
+    family, open_with = setting
+    if "audio" not in family.media:
+        pytest.skip("no sounds, which are computed one by one")
+    model = open_with()
+    asked = Asked(model)
+    alone = Builder(family, 91).sound(120).text(1).prompt()
+    beside = Builder(family, 91).sound(120).sound(200).text(1).prompt()
+    passes(model, family, [alone, beside])
+    assert sum(n for name, n in asked.take().items() if name.endswith("audio_tower")) == 2
+
+
 def test_a_mixture_of_known_and_new_media_keeps_their_order(setting):
     family, open_with = setting
     model, plain = open_with(), open_with("engine.feature_cache_mib=0")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd import liger
+from opsd import liger, say
 from opsd.errors import InputError
 from opsd.loading import load_model
 from tests.families import FAMILIES, build
@@ -111,6 +111,22 @@ def test_off_takes_back_what_the_file_of_a_family_shares():
     assert modeling_llama.apply_rotary_pos_emb(q, k, q[:, 0], q[:, 0])[0].shape == q.shape
     liger.use_liger(decoder, "off", "cpu")
     assert modeling_llama.apply_rotary_pos_emb is own
+
+
+def test_what_a_choice_came_to_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(say, "_said", set())
+    decoder = build(FAMILIES["llama"]).get_decoder()
+    monkeypatch.setattr(liger, "bind", lambda *_: {"RMSNorm": 5, "RoPE": 2})
+    monkeypatch.setattr(liger, "_problem", lambda _, device: None if device == "cuda" else f"the model is on {device}")
+    asked = [("auto", "cpu"), ("auto", "cuda"), ("on", "cuda"), ("off", "cuda")]
+    with caplog.at_level("INFO", logger="opsd"):
+        for _ in range(2):
+            assert [liger.use_liger(decoder, *one) for one in asked] == [False, True, True, False]
+    assert [record.message for record in caplog.records] == [
+        "layers of the language model: transformers' (the model is on cpu)",
+        "layers of the language model: Liger's RMSNorm (5), RoPE (2)",
+        "layers of the language model: transformers'",
+    ]
 
 
 def test_on_is_refused_where_it_cannot_be(tmp_path):

@@ -80,6 +80,12 @@ def test_what_was_prepared_is_the_same_and_built_once_elsewhere(opened: Any) -> 
     assert len(ahead.built) == 12 and not cache._ahead
 
 
+def test_rows_of_two_files_are_two_rows(opened: Any) -> None:
+    cache, (row, *_) = opened(Builder(damaged=(2,))), rows(1)
+    other = replace(example(subtitle="another"), file=row.file.with_name("test.jsonl"), line=row.line)
+    assert texts(cache, [row]) != texts(cache, [other]) == texts(opened(Builder()), [other])
+
+
 def test_memory_ahead_is_that_of_the_rows_that_come_next(opened: Any) -> None:
     cache, some = opened(Builder(), mib=0), rows(40)
     most = 0

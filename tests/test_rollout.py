@@ -105,13 +105,15 @@ def test_slots_and_sharing_change_nothing(setting, sampling):
 
 
 def test_columns_that_grow_change_nothing(setting, monkeypatch):
+    """Also past idle slots, which wait for company before they are filled again."""
     model, prompts = setting
-    seeds, sampling = list(range(len(prompts))), Sampling(3, 12)
-    want = rollout(model, prompts, sampling, seeds, slots=4)
-    monkeypatch.setattr(opsd.decode, "_FIRST_COLUMNS", 2)
-    got = rollout(model, prompts, sampling, seeds, slots=4)
-    assert max(want.lengths) > 8 and token_lists(got) == token_lists(want)
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    seeds, sampling = list(range(len(prompts))), Sampling(6, 12)
+    want = rollout(model, prompts, sampling, seeds)
+    monkeypatch.setattr(opsd.decode, "_FIRST_COLUMNS", 1)
+    for slots in (4, 8, 16):
+        got = rollout(model, prompts, sampling, seeds, slots=slots)
+        assert max(want.lengths) > 8 and token_lists(got) == token_lists(want)
+        torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

@@ -24,6 +24,8 @@ FILTERS = {
     "top_k": {"top_k": 7},
     "top_p": {"top_p": 0.8},
     "tight top_p": {"top_p": 1e-6},
+    "top_p of nothing": {"top_p": 1e-9},  # 1 - top_p is 1 in fp32
+    "top_p when it is cold": {"temperature": 0.25, "top_p": 0.5},
     "wide top_p": {"top_p": 0.999},
     "min_p": {"min_p": 0.1},
     "min_p of the likeliest": {"min_p": 1.0},
@@ -75,6 +77,13 @@ def test_kept_ids_are_those_of_transformers(options, ties, size, spread):
             assert of_least == sorted(of_least)
         got, want = got.sort(-1).values, want.sort(-1).values
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("size", [4, 2048])
+def test_an_id_at_which_the_rest_is_just_reached_leaves(size):
+    """Equal ids of a power of two: every sum is exact. The smaller ones leave first."""
+    kept = keep(torch.zeros(1, size), Sampling(1, 1, top_p=0.5))[0].isfinite()
+    assert kept.tolist() == [False] * (size // 2) + [True] * (size // 2)
 
 
 @filters

@@ -93,6 +93,17 @@ def test_a_run_with_a_server_is_the_run_without(tmp_path, server, more):
         torch.testing.assert_close(weights(served.train.run_dir)[name], tensor)
 
 
+def test_answers_lie_in_their_order_with_their_logprobs(tmp_path, server):
+    sampling, seeds = Sampling(4, 8), [5, 6, 7]
+    with open_run(text_job(tmp_path, *LORA, f"rollout.server={server.url}")) as run:
+        prompts = [run.prompts.student(row) for row in run.train[:3]]
+        found = run.rollouts(prompts, sampling, seeds)
+    want = rollout(run.model, prompts, sampling, seeds)
+    assert (found.lengths, found.owners) == (want.lengths, want.owners) and len(set(want.lengths)) > 1
+    assert torch.equal(found.tokens, want.tokens)
+    torch.testing.assert_close(found.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+
+
 def test_every_step_samples_from_the_adapter_of_that_step_and_gives_up_the_last(tmp_path, server):
     config = text_job(tmp_path, *LORA, f"rollout.server={server.url}")
     train(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -159,6 +160,26 @@ def test_responses_end_where_their_text_first_contains_a_stop_string(setting, sl
         assert (got.tokens[i, length:] == model.pad_id).all() and not got.logprobs[i, length:].any()
     stopped = [text for text, end in zip(decode(model.tokenizer, got), ends, strict=True) if end]
     assert all(any(string in text for string in stop) for text in stopped)
+
+
+def test_a_response_that_stops_while_its_neighbours_go_on_stays_as_it_is(setting):
+    """Its slot is idle, too few are to be dropped, and steps go on over it."""
+    model, prompts = setting
+    sampling, seeds = Sampling(4, 40), list(range(len(prompts)))
+    model_ends, model.end_ids = model.end_ids, [-1]  # all the others go on
+    try:
+        whole = rollout(model, prompts, sampling, seeds)
+        texts = decode(model.tokenizer, whole)
+        pairs = [" ".join(text.split()[i : i + 3]) for text in texts for i in range(8)]
+        (rare, *_) = [pair for pair in pairs if sum(pair in text for text in texts) == 1]
+        got = rollout(model, prompts, replace(sampling, stop=(rare,)), seeds)
+    finally:
+        model.end_ids = model_ends
+    (one,) = [i for i, text in enumerate(texts) if rare in text]
+    assert got.lengths[one] < 16 and set(got.lengths) == {40, got.lengths[one]}
+    assert (got.tokens[one, got.lengths[one] :] == model.pad_id).all()
+    for tokens, plain, n in zip(got.tokens, whole.tokens, got.lengths, strict=True):
+        assert tokens[:n].tolist() == plain[:n].tolist()
 
 
 def test_a_stopped_response_is_not_truncated(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opsd_kernels import Divergence, Head, fused_token_kl
+from opsd_kernels.heads import is_same
 from opsd_kernels.reference import dense_token_kl
 from opsd_kernels.sweep import Operands
 from tests.kernels import cases
@@ -145,6 +146,16 @@ def test_difference_is_one_product_only_where_both_sides_are_the_same_linear_fun
     assert not is_delta(Head(weight, scale=2.0), Head(weight))
     assert not is_delta(Head(weight, softcap=2.0), Head(weight, softcap=2.0))
     assert not is_delta(Head(weight), Head(weight), Divergence(teacher_temperature=2.0))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_same_memory_is_recognised_without_addresses(device):
+    """Every address is 0 on meta, and of what has no elements."""
+    x, other = torch.zeros(6, 4, device=device), torch.zeros(6, 4, device=device)
+    assert is_same(x, x) and is_same(x, x.detach()) and is_same(x[2:], x.detach()[2:]) and is_same(None, None)
+    assert not is_same(x, other) and not is_same(x, None) and not is_same(x[:2], x[2:4]) and not is_same(x[:3], x)
+    assert not is_same(x[:4], x[:, :].T) and not is_same(x, x.view(torch.int32))
+    assert not is_same(torch.zeros(0, 4, device=device), torch.zeros(0, 4, device=device))
 
 
 @pytest.mark.parametrize(

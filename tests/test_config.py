@@ -202,8 +202,7 @@ def test_the_model_needs_a_path_and_the_config_does_not_change(tmp_path: Path) -
         ),
         (
             "objective:\n  beta: 1\n",
-            "run.yaml:4: field 'objective.beta': expected a number strictly between 0 and 1 for "
-            "divergence jsd; found 1.0",
+            "run.yaml:4: field 'objective.beta': expected a number from 1e-6 to 1 - 1e-6 for divergence jsd; found 1.0",
         ),
         (
             "objective:\n  teacher_view_fraction: 0.5\n",

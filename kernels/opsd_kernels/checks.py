@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
+from opsd_kernels.scalars import LEAST, MOST, is_number
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,8 +20,8 @@ def check_operands(
     token_weights: Tensor | None,
     tokens: Tensor | None,
 ) -> None:
-    device = student_hidden.device
     _check_matrix("student_hidden", student_hidden)
+    device = student_hidden.device
     _check_head("head", head)
     _check_device("head", head.weight, student_hidden=device)
     _check_matrix("teacher_hidden", teacher_hidden)
@@ -41,12 +42,19 @@ def check_operands(
         _check_tokens(tokens, student_hidden)
 
 
-def check_support(divergence: Divergence, head: Head) -> None:
+def check_divergence(divergence: Divergence, head: Head, teacher_head: Head) -> None:
+    """What it asks of the heads."""
     support, vocab = divergence.support, head.view().weight.shape[0]
     if support is not None and head.shard is not None:
         raise ValueError(f"expected a divergence over the whole vocabulary for a head in slices, got {support}")
     if support is not None and support.k > vocab:
         raise ValueError(f"expected k of {support} within the vocabulary, {vocab}, got {support.k}")
+    for side, one, temperature in zip(("", "teacher_"), (head, teacher_head), divergence.temperatures, strict=True):
+        found = temperature / one.factor
+        if not LEAST <= found <= MOST:
+            raise ValueError(
+                f"expected {side}temperature / scale of {side}head from {LEAST:g} to {MOST:g}, got {found:g}"
+            )
 
 
 def _check_head(name: str, head: Head) -> None:
@@ -62,10 +70,15 @@ def _check_head(name: str, head: Head) -> None:
             raise ValueError(f"expected {shard.rows} rows of {name} on this rank, as in {shard.sizes}, got {rows}")
     if head.valid_vocab is not None and not 0 < head.valid_vocab <= vocab:
         raise ValueError(f"expected 0 < valid_vocab <= {vocab}, the rows of {name}, got {head.valid_vocab}")
-    bias = head.bias
-    if bias is not None and (tuple(bias.shape) != (rows,) or bias.dtype not in DTYPES or bias.device != device):
+    if head.bias is not None:
+        _check_bias(f"the bias of {name}", head.bias, rows, device)
+
+
+def _check_bias(name: str, bias: Tensor, rows: int, device: torch.device) -> None:
+    _check_tensor(name, bias)
+    if tuple(bias.shape) != (rows,) or bias.dtype not in DTYPES or bias.device != device:
         raise ValueError(
-            f"expected the bias of {name} of shape ({rows},), floating-point and on {device}, "
+            f"expected {name} of shape ({rows},), floating-point and on {device}, "
             f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
         )
 
@@ -78,7 +91,13 @@ def _check_vocabularies(head: Head, teacher_head: Head) -> None:
         raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {found}")
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected {name} as a tensor, got {type(x).__name__}")
+
+
 def _check_matrix(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
     if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
         _check_gathered(name, tensor)
     if tensor.dim() != 2:
@@ -110,6 +129,7 @@ def _check_pair(hidden_name: str, hidden: Tensor, head_name: str, head: Tensor) 
 
 
 def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
+    _check_tensor("token_weights", weights)
     n = student_hidden.shape[0]
     if tuple(weights.shape) != (n,):
         raise ValueError(f"expected token_weights of shape ({n},), got {tuple(weights.shape)}")
@@ -122,6 +142,7 @@ def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
 
 
 def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
+    _check_tensor("tokens", tokens)
     n = student_hidden.shape[0]
     if tuple(tokens.shape) != (n,) or tokens.dtype != torch.int64:
         raise ValueError(f"expected tokens of shape ({n},) in int64, got {tuple(tokens.shape)} in {tokens.dtype}")
@@ -130,8 +151,8 @@ def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
 
 
 def check_workspace(mib: float) -> None:
-    if not 0 < mib < math.inf:
-        raise ValueError(f"expected a positive, finite workspace_mib, got {mib}")
+    if not is_number(mib) or not 0 < mib < math.inf:
+        raise ValueError(f"expected a positive, finite workspace_mib, got {mib!r}")
 
 
 def check_finite_rows(**hidden: Tensor) -> None:

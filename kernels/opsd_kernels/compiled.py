@@ -34,7 +34,7 @@ class Settings(NamedTuple):
             numbers += [side.scale, math.inf if side.softcap is None else side.softcap]
         support, shard = divergence.support, head.view().shard
         counts = [x.view().weight.shape[0] for x in (head, teacher)]
-        counts += [0, 0, 0] if support is None else [support.k, int(support.tail), SIDES.index(support.of)]
+        counts += [0, 0, 0] if support is None else [int(support.k), int(support.tail), SIDES.index(support.of)]
         group = "" if shard is None else shard.group.group_name
         counts += [] if shard is None else shard.known_sizes
         return cls(divergence.kind, backend, group, [float(x) for x in (*numbers, workspace_mib)], counts)

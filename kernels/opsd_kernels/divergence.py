@@ -27,11 +27,13 @@ tell p and q further apart (data processing inequality). Renormalised it is no b
 """
 
 import difflib
-import math
 from dataclasses import dataclass
+
+from opsd_kernels.scalars import check_between, is_number, is_whole
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 SIDES = ("student", "teacher")
+LEAST_BETA = 1e-6  # nearer to 0 or 1, fp32 rounds away what the lighter side adds to the mixture
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class TopK:
     """The k most likely tokens of one side, "student" or "teacher", with or without a bucket for all others.
 
     TokenStats then tells what is left out: both sides' mass beyond the k tokens, and the full divergence.
-    Raises ValueError for k below 1 or another side.
+    Raises ValueError for k below 1, a tail that is not a bool, or another side.
     """
 
     k: int
@@ -47,8 +49,10 @@ class TopK:
     of: str = "student"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if not is_whole(self.k) or self.k < 1:
             raise ValueError(f"expected a whole k >= 1 of TopK, got {self.k!r}")
+        if not isinstance(self.tail, bool):
+            raise ValueError(f"expected a bool tail of TopK, got {self.tail!r}")
         if self.of not in SIDES:
             raise ValueError(f"expected TopK of {' or '.join(SIDES)}, got {self.of!r}")
 
@@ -57,13 +61,13 @@ class TopK:
 class Divergence:
     """Which divergence, at which temperature both sides are compared, and where its terms are clipped.
 
-    kind: one of KINDS. beta: weight of the teacher in the mixture M, read by "jsd" only, inside (0, 1); its limits
-    are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits, or the
-    student's where teacher_temperature is given.
+    kind: one of KINDS. beta: weight of the teacher in the mixture M, read by "jsd" only, from 1e-6 to 1 - 1e-6; its
+    limits are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl). temperature: divides both logits,
+    or the student's where teacher_temperature is given.
     clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
     support: None, the whole vocabulary, or the TopK that approximates it.
-    Raises ValueError for an unknown kind, beta outside (0, 1), a temperature or clip that is not positive and finite,
-    a support of another type.
+    Raises ValueError for an unknown kind, a beta beyond these, a temperature that is no number from 1e-6 to 1e6, a clip
+    that is none from 1e-30 to 1e30, a support of another type.
     """
 
     kind: str = "reverse_kl"
@@ -78,16 +82,16 @@ class Divergence:
             near = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0.3)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"expected a divergence kind out of {', '.join(KINDS)}, got {self.kind!r}{hint}")
-        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
+        if not is_number(self.beta) or (self.kind == "jsd" and not LEAST_BETA <= self.beta <= 1 - LEAST_BETA):
             raise ValueError(
-                f"expected 0 < beta < 1 for jsd, got {self.beta}; its limits are forward_kl and reverse_kl"
+                f"expected beta of jsd as a number from {LEAST_BETA} to 1 - {LEAST_BETA}, got {self.beta!r}; "
+                "its limits are forward_kl and reverse_kl"
             )
-        for name in ("temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"expected a positive, finite {name}, got {value}")
-        if self.clip is not None and not 0.0 < self.clip < math.inf:
-            raise ValueError(f"expected a positive, finite clip or None, got {self.clip}")
+        check_between("temperature", self.temperature)
+        if self.teacher_temperature is not None:
+            check_between("teacher_temperature", self.teacher_temperature)
+        if self.clip is not None:
+            check_between("clip", self.clip, 1e-30, 1e30)
         if self.support is not None and not isinstance(self.support, TopK):
             raise ValueError(f"expected support as a TopK or None, got {self.support!r}")
 

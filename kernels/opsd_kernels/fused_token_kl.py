@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.autograd import TokenKL
-from opsd_kernels.checks import check_finite_rows, check_operands, check_support, check_workspace
+from opsd_kernels.checks import check_divergence, check_finite_rows, check_operands, check_workspace
 from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
@@ -114,14 +114,14 @@ def fused_token_kl(
     and a token of weight 0 gives 0 whatever its logits are. check_finite looks for NaN and infinity in the hidden
     states first; it waits for the device and is for eager calls.
 
-    Raises ValueError for dimensions, dtypes, devices or sizes that do not match, an invalid divergence, hidden states
-    that check_finite finds, a workspace that cannot hold one row, or a named backend that is not available. N = 0
-    gives an empty result, zero gradients.
+    Raises ValueError for types, dimensions, dtypes, devices or sizes that do not match, an invalid divergence, hidden
+    states that check_finite finds, a workspace that cannot hold one row, or a named backend that is not available; and
+    RuntimeError in a second pass whose operands have changed in place. N = 0 gives an empty result, zero gradients.
     """
     divergence = Divergence.of(divergence)
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
-    check_support(divergence, student)
+    check_divergence(divergence, student, teacher)
     check_workspace(workspace_mib)
     if check_finite and torch.compiler.is_compiling():
         raise ValueError("expected check_finite=False under torch.compile (it reads values on the host), got True")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import gemm
+from opsd_kernels.scalars import check_between, is_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,15 +30,17 @@ class VocabShard:
     """Weight and bias are this rank's rows of a head that the ranks of `group` hold together, in order of rank.
 
     sizes: rows of every rank, padding included; None: as many on every rank as on this one.
-    Raises ValueError where sizes are not one positive number per rank.
+    Raises ValueError for what is no process group, and where sizes are not one positive whole number per rank.
     """
 
     group: ProcessGroup
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        ranks = self.group.size()
-        if self.sizes is not None and (len(self.sizes) != ranks or min(self.sizes) < 1):
+        if not hasattr(self.group, "rank"):
+            raise ValueError(f"expected a process group (torch.distributed.group.WORLD, say), got {self.group!r}")
+        ranks, sizes = self.group.size(), self.sizes
+        if sizes is not None and (len(sizes) != ranks or not all(is_whole(size) and size > 0 for size in sizes)):
             raise ValueError(f"expected {ranks} positive sizes, one per rank of the group, got {self.sizes}")
 
     def with_sizes(self, rows: int, valid_vocab: int | None = None) -> VocabShard:
@@ -68,7 +71,8 @@ class Head:
 
     Padding has no logits, no probability and a zero gradient; it is skipped by a view, the head is not copied.
     shard: weight and bias are a slice of them; valid_vocab counts rows of the whole.
-    Raises ValueError for a scale or softcap that is not positive.
+    Raises ValueError for a scale or softcap that is no number from 1e-6 to 1e6, a valid_vocab that is not whole, a
+    shard of another type. The rest is checked by fused_token_kl.
     """
 
     weight: Tensor
@@ -79,10 +83,13 @@ class Head:
     shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.scale < float("inf"):
-            raise ValueError(f"expected a positive, finite scale of the head, got {self.scale}")
-        if self.softcap is not None and not 0.0 < self.softcap < float("inf"):
-            raise ValueError(f"expected a positive, finite softcap or None, got {self.softcap}")
+        check_between("scale of the head", self.scale)
+        if self.softcap is not None:
+            check_between("softcap", self.softcap)
+        if self.valid_vocab is not None and not is_whole(self.valid_vocab):
+            raise ValueError(f"expected a whole valid_vocab or None, got {self.valid_vocab!r}")
+        if self.shard is not None and not isinstance(self.shard, VocabShard):
+            raise ValueError(f"expected shard as a VocabShard or None, got {type(self.shard).__name__}")
 
     @classmethod
     def of(cls, head: Head | Tensor) -> Head:

@@ -8,7 +8,7 @@ from opsd_kernels import Divergence
 def divergence_of(beta: float, temperature: float) -> Divergence:
     """beta 0 is the forward KL (teacher || student), 1 the reverse KL, between them the generalized JSD of that beta.
 
-    Raises ValueError for beta outside [0, 1] or a temperature that is not positive and finite.
+    Raises ValueError for beta outside [0, 1], or what Divergence refuses.
     """
     if beta == 0:
         return Divergence("forward_kl", temperature=temperature)

@@ -23,7 +23,7 @@ class TeacherConfig(Section):
 class ObjectiveConfig(Section):
     kind: Literal["distill", "sft", "reward"] = Field(default="distill", description="What is trained.")
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = Field(default="jsd", description="Per-token divergence.")
-    beta: Float = Field(default=0.5, description="Teacher's weight in the JSD mixture, strictly between 0 and 1.")
+    beta: Float = Field(default=0.5, description="Teacher's weight in the JSD mixture, from 1e-6 to 1 - 1e-6.")
     temperature: Temperature = Field(default=1.0, description="Temperature of both distributions.")
     alpha: Float = Field(
         default=0.0, ge=0, description="Weight of the reward term beside distillation; 0 leaves it out."
@@ -42,8 +42,8 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _checks(self) -> ObjectiveConfig:
-        if self.divergence == "jsd" and not 0 < self.beta < 1:
-            raise refuse("beta", "a number strictly between 0 and 1 for divergence jsd", self.beta)
+        if self.divergence == "jsd" and not 1e-6 <= self.beta <= 1 - 1e-6:
+            raise refuse("beta", "a number from 1e-6 to 1 - 1e-6 for divergence jsd", self.beta)
         if self.alpha and self.kind != "distill":
             raise refuse("alpha", f"0 for objective.kind {self.kind}", self.alpha)
         if self.updates_per_rollout > 1 and self.kind != "reward":

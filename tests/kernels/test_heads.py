@@ -154,7 +154,7 @@ def test_the_same_memory_is_recognised_without_addresses(device):
     x, other = torch.zeros(6, 4, device=device), torch.zeros(6, 4, device=device)
     assert is_same(x, x) and is_same(x, x.detach()) and is_same(x[2:], x.detach()[2:]) and is_same(None, None)
     assert not is_same(x, other) and not is_same(x, None) and not is_same(x[:2], x[2:4]) and not is_same(x[:3], x)
-    assert not is_same(x[:4], x[:, :].T) and not is_same(x, x.view(torch.int32))
+    assert not is_same(x[:4], x[:4].mT) and not is_same(x, x.view(torch.int32))
     assert not is_same(torch.zeros(0, 4, device=device), torch.zeros(0, 4, device=device))
 
 
@@ -165,8 +165,6 @@ def test_the_same_memory_is_recognised_without_addresses(device):
         ({"bias": torch.zeros(1003, dtype=torch.int64)}, "floating-point"),
         ({"valid_vocab": 1004}, "expected 0 < valid_vocab <= 1003"),
         ({"valid_vocab": 900}, "expected teacher_head with the vocabulary of head, 900, got 1003"),
-        ({"scale": 0.0}, "expected a positive, finite scale"),
-        ({"softcap": -1.0}, "expected a positive, finite softcap"),
     ],
 )
 def test_refusals(options, message):

@@ -158,21 +158,7 @@ def test_memory_stays_in_the_workspace(backend, dtype):
     assert memory.peak <= mib * 2**20 + n * width * 8 + n * 4 * 12
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: TopK(0), "expected a whole k >= 1 of TopK, got 0"),
-        (lambda: TopK(2.5), "expected a whole k >= 1 of TopK, got 2.5"),
-        (lambda: TopK(5, of="both"), "expected TopK of student or teacher, got 'both'"),
-        (lambda: Divergence(support=5), "expected support as a TopK or None, got 5"),
-        (
-            lambda: fused_token_kl(
-                *(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 3)), divergence=Divergence(support=TopK(6))
-            ),
-            "within the vocabulary, 5, got 6",
-        ),
-    ],
-)
-def test_refusals(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_more_tokens_than_there_are():
+    sides, divergence = (torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 3)), Divergence(support=TopK(6))
+    with pytest.raises(ValueError, match="within the vocabulary, 5, got 6"):
+        fused_token_kl(*sides, divergence=divergence)

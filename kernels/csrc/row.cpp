@@ -77,7 +77,7 @@ RowResult by_products(const RowOptions& o, const Centre& centre, const Sums& sum
         static_cast<float>(teacher_centre * o.inverse_temperature + centre.t_max + log_teacher);
     result.of[TOP1_AGREEMENT] = centre.agrees ? 1.0f : 0.0f;
     result.of[STUDENT_LOGPROB] = static_cast<float>(lane(token.s, 0) - log_student);
-    result.of[TEACHER_LOGPROB] = static_cast<float>(lane(token.t, 0) - centre.t_max - log_teacher);
+    result.of[TEACHER_LOGPROB] = static_cast<float>(lane(token.t, 0) - log_teacher);
     return result;
 }
 
@@ -95,7 +95,7 @@ RowResult run_row(const Row& row, const RowOptions& o) {
     else sums = sum_row<DELTA, REVERSE_KL, false>(row, o, centre);
     const Statistics st = finish(sums, centre, o.kind);
     const Normaliser n{static_cast<float>(1.0 / sums.student), static_cast<float>(1.0 / st.teacher),
-                       static_cast<float>(st.c), centre.t_max};
+                       static_cast<float>(st.c)};
     double value = st.value, lost = 0;
     bool may_be_negative = false;
     if (needs_terms) {

@@ -19,12 +19,12 @@ constexpr float NO_MASS = -100.0f;     // in place of a centred logit of -inf, w
 
 struct Centre {
     float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
-    float t_max;        // teacher's maximum in centred units
+    float peak, t_max;  // teacher's maximum in centred units, before and after the temperature
     bool agrees;        // no teacher logit is above the one at a
 };
 
 struct Logits {
-    Vec s, t, d;  // centred
+    Vec s, t, d;  // centred; t at the teacher's maximum, t - t_max in the equations above
 };
 
 // Columns beyond the row's end have no mass on either side.
@@ -32,8 +32,8 @@ template <bool DELTA>
 inline Logits logits_at(const float* z_s, const float* second, int64_t count, const Centre& centre, float inverse_t) {
     const Vec student = load(z_s, count, -INFINITY) - centre.z_s;
     const Vec other = load(second, count, DELTA ? 0.0f : -INFINITY) - centre.second;
-    // subtracted first: equal rows give 0, whatever is fused
-    return {student * inverse_t, (DELTA ? student - other : other) * inverse_t,
+    // subtracted first: equal rows give 0 and the teacher's maximum does, whatever is fused
+    return {student * inverse_t, ((DELTA ? student - other : other) - centre.peak) * inverse_t,
             (DELTA ? other : student - other) * inverse_t};
 }
 
@@ -59,9 +59,9 @@ Centre find_centre(const float* z_s, const float* z_t, const RowOptions& o) {
     while (a + 1 < o.vocab && z_s[a] != top) ++a;
     const float teacher_highest = highest(teacher_top), teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
     if (teacher_here == -INFINITY)  // the teacher excludes a: its own maximum is the centre, and d there is infinite
-        return {z_s[a], DELTA ? z_s[a] - teacher_highest : teacher_highest, 0.0f, false};
-    const float t_max = (teacher_highest - teacher_here) * o.inverse_temperature;
-    return {z_s[a], z_t[a], t_max, t_max <= 0.0f};
+        return {z_s[a], DELTA ? z_s[a] - teacher_highest : teacher_highest, 0.0f, 0.0f, false};
+    const float peak = teacher_highest - teacher_here;
+    return {z_s[a], z_t[a], peak, peak * o.inverse_temperature, peak <= 0.0f};
 }
 
 // Sums over a row. near: columns with |d| <= 1; far: the others, teacher terms in units of exp(t_max).
@@ -69,7 +69,7 @@ template <class Number>
 struct SumsOf {
     Number student{}, near_difference{}, near_remainder{}, near_forward{};
     Number far_teacher{}, far_student{}, far_reverse{}, far_forward{};
-    Number student_moment{}, near_moment{}, far_moment{};  // of e^s s, of e^t t, of e^(t - t_max) (t - t_max)
+    Number student_moment{}, near_moment{}, far_moment{};  // of e^s s, of e^t and of e^(t - t_max) times t - t_max
 };
 
 using Sums = SumsOf<double>;
@@ -100,7 +100,7 @@ inline void add_near(SumsOf<Vec>& block, Vec e_s, Vec d, Vec t) {
 }
 
 template <int KIND>
-inline void add_far(SumsOf<Vec>& block, Vec e_s, Vec d, Vec t, Mask near) {  // t: less t_max
+inline void add_far(SumsOf<Vec>& block, Vec e_s, Vec d, Vec t, Mask near) {
     const Vec e_t = near ? zero() : exp_of(t), student = near ? zero() : e_s;
     block.far_teacher += e_t;
     block.far_student += student;
@@ -131,7 +131,7 @@ Sums sum_row(const Row& where, const RowOptions& o, const Centre& centre) {
                 add_near<KIND>(block, e_s, z.d, z.t);
             } else {
                 add_near<KIND>(block, near ? e_s : zero(), near ? z.d : zero(), near ? z.t : zero());
-                add_far<KIND>(block, e_s, z.d, z.t - at.t_max, near);
+                add_far<KIND>(block, e_s, z.d, z.t, near);
             }
             store(row.e_s + i, e_s, count);
             if (KEEP) store(row.grad + i, z.d, count);
@@ -154,9 +154,8 @@ Statistics finish(const Sums& sums, const Centre& centre, int kind) {
     Statistics st;
     const double unit = std::exp(-static_cast<double>(centre.t_max));
     const double difference = unit * (sums.near_difference - sums.far_student) + sums.far_teacher;  // Q - S
-    const double near_teacher = sums.student - sums.far_student + sums.near_difference;
     st.teacher = unit * sums.student + difference;
-    st.teacher_moment = unit * (sums.near_moment - centre.t_max * near_teacher) + sums.far_moment;
+    st.teacher_moment = unit * sums.near_moment + sums.far_moment;
     st.c = centre.t_max < 30.0f ? std::log1p(difference / (unit * sums.student))
                                 : centre.t_max + std::log(st.teacher / sums.student);
     st.value = 0;

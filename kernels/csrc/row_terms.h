@@ -38,7 +38,7 @@ struct Term {
 
 // What turns an element of a row into probabilities and r.
 struct Normaliser {
-    float per_student, per_teacher, c, t_max;
+    float per_student, per_teacher, c;
 };
 
 // Of the two KLs. Columns with |r| <= 1 have q from p, and no term of first order is subtracted.
@@ -54,7 +54,7 @@ inline Term ratio_term(Vec p, Vec r, Vec t, const Normaliser& n) {
         safe = p * k;
         slope = r;
     }
-    if (!all(near)) q = near ? q : exp_of(t - n.t_max) * n.per_teacher;
+    if (!all(near)) q = near ? q : exp_of(t) * n.per_teacher;
     const Vec f = KIND == FORWARD_KL ? -times(q, r) : times(p, r);
     if (!all(near)) {
         safe = near ? safe : f + (KIND == FORWARD_KL ? p - q : q - p);
@@ -68,7 +68,7 @@ inline Term ratio_term(Vec p, Vec r, Vec t, const Normaliser& n) {
 // side has no mass left, and a column without mass (r = inf - inf) is put at 0.
 inline Term far_mixture(Vec p, Vec r, Vec t, const Normaliser& n, float b) {
     const Mask student = r >= zero();
-    const Vec m = student ? p : exp_of(t - n.t_max) * n.per_teacher;
+    const Vec m = student ? p : exp_of(t) * n.per_teacher;
     const Vec w = student ? splat(b) : splat(1.0f - b);
     const Vec distance = m == zero() ? zero() : at_most(magnitude(r), -NO_MASS);
     const Vec u = exp_of(-distance), x = w * (u - 1.0f), log_m = x - log_remainder(x);

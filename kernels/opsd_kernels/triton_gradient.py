@@ -40,23 +40,23 @@ def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.
 def _by_products(parts, tokens, out, row, out_stride, vocab, centre, sums, student, teacher, inverse_t,
                  delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """Everything but the value into out (RESULTS, n)."""
-    top, ref, t_max, excluded = centre
+    top, ref, peak, excluded = centre
     log_student, log_teacher = tl.log(student), tl.log(teacher)
     mine = out + row
     tl.store(mine + STUDENT_ENTROPY * out_stride, log_student - sums[5] / student)
     tl.store(mine + TEACHER_ENTROPY * out_stride, log_teacher - sums[6] / teacher)
     tl.store(mine + STUDENT_LSE * out_stride, top * inverse_t + log_student)
-    tl.store(mine + TEACHER_LSE * out_stride, (top - ref if delta else ref) * inverse_t + t_max + log_teacher)
-    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where((excluded == 0.0) & (t_max <= 0.0), 1.0, 0.0))
-    log_p, log_q = t_max * 0.0, t_max * 0.0
+    tl.store(mine + TEACHER_LSE * out_stride, ((top - ref if delta else ref) + peak) * inverse_t + log_teacher)
+    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where((excluded == 0.0) & (peak <= 0.0), 1.0, 0.0))
+    log_p, log_q = peak * 0.0, peak * 0.0
     if tokens is not None:
         token = tl.load(tokens + row)
         x = tl.load(parts + (row * count + TOKEN) * splits) - top
         y = tl.load(parts + (row * count + TOKEN + 1) * splits) - ref
         inside = token < vocab
-        t = (x - y if delta else y) * inverse_t
+        t = ((x - y if delta else y) - peak) * inverse_t
         log_p = tl.where(token < 0, 0.0, tl.where(inside, x * inverse_t - log_student, float("nan")))
-        log_q = tl.where(token < 0, 0.0, tl.where(inside, t - t_max - log_teacher, float("nan")))
+        log_q = tl.where(token < 0, 0.0, tl.where(inside, t - log_teacher, float("nan")))
     tl.store(mine + STUDENT_LOGPROB * out_stride, log_p)
     tl.store(mine + TEACHER_LOGPROB * out_stride, log_q)
 
@@ -68,7 +68,7 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
                     count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
-    student, teacher, c, value = normalisers(sums, centre[2], kind)
+    student, teacher, c, value = normalisers(sums, centre[2] * inverse_t, kind)
     part, kept, lost, student_lost = value, value * 0.0, value * 0.0, value * 0.0
     if clips or kind == JSD:
         value, part, kept, lost, student_lost = merge_terms(parts, row, clips, kind, splits, count)

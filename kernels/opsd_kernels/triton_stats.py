@@ -25,13 +25,13 @@ def logits(z_s, second, row, stride, column, end):
 
 @triton.jit
 def centred(x, y, inside, centre, inverse_t, delta: tl.constexpr):
-    """s, t - t_max, d, exp(s), exp(t - t_max) of a tile; centre is (top, ref, t_max, ...)."""
+    """s, t - t_max, d, exp(s), exp(t - t_max) of a tile; centre is (top, ref, peak, ...)."""
     student = x - centre[0]
     other = y - centre[1]
     s = student * inverse_t
     d = (other if delta else student - other) * inverse_t  # subtracted first: equal rows give 0, whatever is fused
-    t = (student - other if delta else other) * inverse_t
-    t = tl.where(inside, t, float("-inf")) - centre[2]
+    t = ((student - other if delta else other) - centre[2]) * inverse_t
+    t = tl.where(inside, t, float("-inf"))
     return s, t, d, tl.exp(s), tl.exp(t)
 
 
@@ -97,9 +97,9 @@ def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind
             new = _raised(state, x, y, teacher, column, second + row * stride, delta)
             sums = moved(sums, state, new, inverse_t, kind, delta)
             state = new
-        centre = (tl.where(state[0] == float("-inf"), 0.0, state[0]), state[1], peak(state, inverse_t, delta))
+        centre = (tl.where(state[0] == float("-inf"), 0.0, state[0]), state[1], peak(state, delta))
         s, t, d, e_s, e_t = centred(x, y, column < end, centre, inverse_t, delta)
-        new_terms = _terms(s, t, d, e_s, e_t, tl.exp(-centre[2]), kind)
+        new_terms = _terms(s, t, d, e_s, e_t, tl.exp(-centre[2] * inverse_t), kind)
         sums = _added(sums, new_terms, tile, lanes)
     mine = parts + row * count * splits + tl.program_id(1)
     for i in tl.static_range(4):

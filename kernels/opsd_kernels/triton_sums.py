@@ -5,7 +5,7 @@ A centre is the state (top, ref, teacher_top, excluded): the greatest student lo
 greatest teacher logit; and 1 where the teacher excludes a (-inf), or nothing was seen. Then ref stands for the
 teacher's own maximum instead, and d is infinite at a. Around it, with k(x) = exp(-x) - 1 + x:
 
-    s = (z_s - top) / T,   t = (z_t - z_t[a]) / T,   d = s - t,   t_max = max t
+    s = (z_s - top) / T,   t = (z_t - z_t[a]) / T,   d = s - t,   t_max = max t = peak / T
 
     near            sum exp(s)                    |d| <= 1
     far             sum exp(s)                    |d| > 1
@@ -51,10 +51,10 @@ def teacher_at(top, teacher_top, delta: tl.constexpr):
 
 
 @triton.jit
-def peak(state, inverse_t, delta: tl.constexpr):
-    """t_max."""
+def peak(state, delta: tl.constexpr):
+    """t_max before the temperature: subtracted there, the greatest t - t_max is 0, whatever is fused."""
     top, ref, teacher_top, excluded = state
-    return tl.where(excluded > 0.0, 0.0, (teacher_top - (finite(top) - ref if delta else ref)) * inverse_t)
+    return tl.where(excluded > 0.0, 0.0, teacher_top - (finite(top) - ref if delta else ref))
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def moved(sums, old, new, inverse_t, kind: tl.constexpr, delta: tl.constexpr):
     teacher_rise = tl.where(old[2] == float("-inf"), 0.0, (new[2] - finite(old[2])) * inverse_t)
     ref_rise = new[1] - old[1]
     shift = (ref_rise if delta else finite(new[0]) - finite(old[0]) - ref_rise) * inverse_t
-    unit = tl.exp(-peak(old, inverse_t, delta))
+    unit = tl.exp(-peak(old, delta) * inverse_t)
     stays = tl.abs(shift) <= 1.0
     x = tl.where(stays, shift, 0.0)
     remainder = exp_remainder(-x)
@@ -106,7 +106,7 @@ def total(parts, row, i, splits: tl.constexpr, count: tl.constexpr):
 @triton.jit
 def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits: tl.constexpr,
           count: tl.constexpr):  # fmt: skip
-    """Centre (top, ref, t_max, excluded) and sums of a whole row."""
+    """Centre (top, ref, peak, excluded) and sums of a whole row."""
     old = (
         _part(parts, row, 0, splits, count),
         _part(parts, row, 1, splits, count),
@@ -132,7 +132,7 @@ def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits
     s = moved(sums, old, new, inverse_t, kind, delta)
     sums = (tl.sum(s[0], 0), tl.sum(s[1], 0), tl.sum(s[2], 0), tl.sum(s[3], 0), tl.sum(s[4], 0), tl.sum(s[5], 0),
             tl.sum(s[6], 0))  # fmt: skip
-    return (finite(top), ref, peak(new, inverse_t, delta), excluded), sums
+    return (finite(top), ref, peak(new, delta), excluded), sums
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips
     """The sums of Terms in csrc/row_terms.h, in that order."""
     row = tl.program_id(0).to(tl.int64)
     centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
-    student, teacher, c, _kl = normalisers(sums, centre[2], kind)
+    student, teacher, c, _kl = normalisers(sums, centre[2] * inverse_t, kind)
     per_student, per_teacher = 1.0 / student, 1.0 / teacher
     begin, end = segment(vocab, tile, splits)
     lane = tl.arange(0, tile)

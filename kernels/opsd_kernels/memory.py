@@ -9,9 +9,8 @@ import ctypes
 import functools
 import mmap
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 HUGE_PAGE = 1 << 21  # bytes; a smaller tensor comes from the allocator's heap, which keeps what is freed
 Empty = Callable[..., Tensor]  # (*shape, dtype=torch.float32) -> uninitialized tensor
 
-_lock = threading.Lock()
+# No lock guards them, which a fork at the wrong moment would leave locked in the child: each step below is atomic.
 _keeps = True
 _kept: list[Tensor] = []  # blocks of bytes that the last sweep used
 
@@ -30,10 +29,9 @@ def keep_workspace(keep: bool) -> bool:
     A program that counts its resident bytes, or calls once in a long while, may not want them to stay.
     """
     global _keeps
-    with _lock:
-        before, _keeps = _keeps, keep
-        if not keep:
-            _kept.clear()
+    before, _keeps = _keeps, keep
+    if not keep:
+        _kept.clear()
     return before
 
 
@@ -44,8 +42,7 @@ def workspace(device: torch.device) -> Iterator[Empty]:
     if not plain or not _keeps or _madvise() is None:
         yield functools.partial(torch.empty, dtype=torch.float32, device=device)
         return
-    with _lock:  # a sweep in another thread finds none, and makes its own
-        found, _kept[:] = _kept[:], []
+    found = _taken()
     used: list[Tensor] = []
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,9 +60,18 @@ def workspace(device: torch.device) -> Iterator[Empty]:
     finally:
         for block in used:
             _advise(block, mmap.MADV_FREE)
-        with _lock:
-            if _keeps:
-                _kept[:] = used
+        _kept[:] = used
+        if not _keeps:  # asked for during the sweep
+            _kept.clear()
+
+
+def _taken() -> list[Tensor]:
+    """All that is kept, for one sweep: another in its midst, or in another thread, finds none and makes its own."""
+    blocks: list[Tensor] = []
+    with suppress(IndexError):
+        while True:
+            blocks.append(_kept.pop(0))
+    return blocks
 
 
 def _block(size: int) -> Tensor:

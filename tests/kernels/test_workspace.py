@@ -1,5 +1,8 @@
 """The CPU workspace that stays from call to call."""
 
+import mmap
+import os
+import signal
 import sys
 import threading
 import weakref
@@ -8,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from opsd_kernels import Divergence, Head, fused_token_kl, memory
+from opsd_kernels import Divergence, Head, fused_token_kl, memory, sweep
 from tests.kernels import cases
 
 pytestmark = [
@@ -28,12 +31,15 @@ def nothing_kept():
     memory.keep_workspace(True)
 
 
-def results(dtype=torch.float32, trained=True, softcap=None, n=N):
-    """Value and gradients."""
+@torch.enable_grad()  # also where autograd has it off: in a hook, in a forward
+def results(dtype=torch.float32, trained=True, softcap=None, n=N, hook=None):
+    """Value and gradients. hook: called with each of the gradients."""
     g = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, n, D, generator=g).to(dtype).unbind()
     weight = torch.randn(V, D, generator=g).to(dtype).requires_grad_(trained)
     student.requires_grad_()
+    for leaf in (student, weight) if hook else ():
+        leaf.register_hook(hook)
     value = fused_token_kl(student, Head(weight, softcap=softcap), teacher, divergence=Divergence("jsd"))
     value.sum().backward()
     return [x for x in (value.detach(), student.grad, weight.grad) if x is not None]
@@ -105,6 +111,72 @@ def test_threads_do_not_share_it():
             torch.testing.assert_close(a, b)
 
 
+def test_a_sweep_inside_another_has_its_own(monkeypatch):
+    """From a dispatch mode, say: the tensors of the outer one stay what they are."""
+    kernel, inner = sweep.gemm.logits_into, []
+
+    def nested(out, *operands):
+        kernel(out, *operands)
+        if not inner:
+            inner.append(None)
+            before = out.clone()
+            inner.extend(results())
+            assert torch.equal(out, before)
+
+    wanted = results()
+    monkeypatch.setattr(sweep.gemm, "logits_into", nested)
+    for one, other, third in zip(results(), inner[1:], wanted, strict=True):
+        assert torch.equal(one, third) and torch.equal(other, third)
+
+
+def test_a_call_in_a_hook_of_the_backward_of_another():
+    wanted, inner = results(), []
+    assert all(torch.equal(a, b) for a, b in zip(results(hook=lambda _: inner.extend(results())), wanted, strict=True))
+    assert len(inner) == 2 * len(wanted)
+    assert all(torch.equal(a, b) for a, b in zip(inner, wanted * 2, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_has_its_own():
+    wanted = results()
+    before = kept()
+    child = os.fork()
+    if child == 0:  # no test of its own: it says what it found with its exit status
+        try:
+            signal.alarm(30)
+            torch.set_num_threads(1)
+            same = kept() == before and all(torch.equal(a, b) for a, b in zip(results(n=N), wanted, strict=True))
+            memory._kept[0].fill_(0xFF)
+            os._exit(0 if same else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert kept() == before
+    assert not torch.equal(memory._kept[0], torch.full_like(memory._kept[0], 0xFF))
+    assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
+
+
+def test_advice_is_about_whole_pages_of_the_block_alone(monkeypatch):
+    """What lies beside it on a page may be lost with MADV_FREE. The order: huge pages when made, free when done."""
+    asked = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *of: asked.append(of))
+    with memory.workspace(torch.device("cpu")) as empty:
+        x = empty(3, (1 << 20) + 1)
+        assert [advice for *_, advice in asked] == [mmap.MADV_HUGEPAGE]
+    assert [advice for *_, advice in asked] == [mmap.MADV_HUGEPAGE, mmap.MADV_FREE]
+    for (start, size, _), page in zip(asked, (memory.HUGE_PAGE, mmap.PAGESIZE), strict=True):
+        assert x.data_ptr() <= start < x.data_ptr() + page
+        assert start % page == size % page == 0
+        assert x.data_ptr() + x.nbytes - page < start + size <= x.data_ptr() + x.nbytes
+
+
+def test_none_is_to_stay_said_while_one_is_in_use():
+    with memory.workspace(torch.device("cpu")) as empty:
+        empty(1 << 20)
+        memory.keep_workspace(False)
+    assert not kept()
+
+
 def test_an_error_in_the_middle_keeps_the_block():
     made = []
 
@@ -141,7 +213,6 @@ def test_the_default_device_of_the_program_is_not_asked():
     assert torch.equal(value, wanted[0])
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_fake_tensors_are_not_kept():
     with FakeTensorMode():
         value = fused_token_kl(torch.randn(N, D), torch.randn(V, D), torch.randn(N, D), backend="torch")

@@ -27,9 +27,12 @@ class TokenKL(torch.autograd.Function):
         ctx.weight_grad, ctx.bias_grad = (unfilled(x) if want else None for x, want in pairs(weight, bias, wanted))
         out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
         value = out["value"].clone() if weights is None else times(weights, out["value"])
-        if any(wanted[1:]):  # only a second pass reads them
-            ctx.ops, ctx.weights = ops, weights
-            ctx.save_for_backward(student_hidden, weight, bias)  # raises if they change in place before that pass
+        if any(wanted[1:]):
+            ctx.ops, ctx.dtypes, teacher = ops, (weight.dtype, None if bias is None else bias.dtype), ops.teacher_head
+            # only a second sweep reads them, and raises if one has changed in place
+            ctx.save_for_backward(
+                student_hidden, weight, bias, weights, ops.teacher_hidden, teacher.weight, teacher.bias
+            )
         ctx.mark_non_differentiable(out.table)
         return value, out.table
 
@@ -84,18 +87,24 @@ def _hidden_gradient(ctx: Any, upstream: Tensor) -> Tensor:  # (N,) -> (N, D)
 
 
 def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,)
-    _, weight, bias = ctx.saved_tensors
     kept = [ctx.weight_grad, ctx.bias_grad]
     ctx.weight_grad = ctx.bias_grad = None  # scaled in place, hence once
     first = any(x is not None for x in kept)
     if first and (upstream.numel() == 0 or is_uniform(upstream)):
         total = kept if changes_nothing(upstream) else [None if x is None else x.mul_(upstream[0]) for x in kept]
     else:
-        weights = upstream.float() if ctx.weights is None else upstream.float() * ctx.weights
         kept.clear()  # before their successors are made
-        total = [unfilled(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
-        sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
-    return [None if x is None else x.to(like.dtype) for x, like in zip(total, (weight, bias), strict=True)]
+        total = _swept_again(ctx, upstream.float())
+    return [None if x is None else x.to(dtype) for x, dtype in zip(total, ctx.dtypes, strict=True)]
+
+
+def _swept_again(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,) fp32
+    """Raises RuntimeError where an operand has changed in place since the forward: a teacher that moved, say."""
+    _, weight, bias, token_weights, *_ = ctx.saved_tensors
+    weights = upstream if token_weights is None else upstream * token_weights
+    total = [unfilled(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
+    sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
+    return total
 
 
 def is_uniform(upstream: Tensor) -> bool:

@@ -36,6 +36,28 @@ def test_published_sizes():
     assert round(frozen.bytes(costs) / MIB) == 742
 
 
+def test_many_chunks_are_aligned():
+    plan = plan_chunks(900, ChunkCosts(fixed=0, row=MIB, grad_row=0), 300)
+    assert plan.rows == plan.grad_rows == 2 * ALIGN
+
+
+def test_a_chunk_of_a_group_is_no_sliver():
+    """520 gradient rows in chunks of at most 512: 384 and 136, not 512 and 8."""
+    costs = ChunkCosts(fixed=0, row=1000, grad_row=100)
+    for n in (520, 4000):
+        plan = plan_chunks(n, costs, 1000)
+        for group in plan.groups():
+            sizes = [stop - start for start, stop in plan.chunks(*group)]
+            assert min(sizes) >= ALIGN, (n, sizes)
+
+
+def test_where_only_one_gradient_row_fits_each_logits_row():
+    costs = ChunkCosts(fixed=0, row=MIB, grad_row=MIB)
+    plan = plan_chunks(100, costs, 4.5)
+    assert (plan.rows, plan.grad_rows) == (2, 2)
+    assert plan.bytes(costs) <= 4.5 * MIB
+
+
 @pytest.mark.parametrize("n", [513, 520, 1030, 5000])
 def test_last_chunk_is_no_sliver(n):
     plan = plan_chunks(n, ChunkCosts(fixed=0, row=1000, grad_row=0), 1000)

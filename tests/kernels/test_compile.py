@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels import Divergence, Head, TopK, fused_token_kl
+from opsd_kernels import Divergence, Head, TopK, compiled, fused_token_kl
 from tests.kernels import cases
 
 pytestmark = pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the row kernel")
@@ -31,7 +31,33 @@ def top_k(student, weight, bias, teacher, token_weights):
     return value.sum(), stats.teacher_tail_mass
 
 
-@pytest.mark.parametrize("function", [step, plain, top_k], ids=["options", "arbitrary upstream", "top-k and mask"])
+def two_heads(student, weight, bias, teacher, token_weights):
+    """Every number that the operator carries, unlike its neighbours; and an upstream beside weights."""
+    kept = len(weight) - 7
+    teacher_head = Head(weight.detach().roll(1, 0), 0.5 + bias.detach(), scale=1.2, softcap=6.0, valid_vocab=kept)
+    value, stats = fused_token_kl(
+        *(student, Head(weight, bias, scale=0.7, valid_vocab=kept), teacher, teacher_head),
+        divergence=Divergence("jsd", 0.3, 1.1, 0.9, 1e-3, support=TopK(9, tail=False)),
+        token_weights=token_weights,
+        tokens=torch.arange(len(student)),
+        return_stats=True,
+        workspace_mib=30,
+    )
+    return (value * token_weights.flip(0)).sum(), stats.student_logprob + stats.teacher_logprob + stats.teacher_lse
+
+
+def masked(student, weight, bias, teacher, token_weights):
+    """A token that is left out holds NaN."""
+    mask = torch.arange(len(student)) != 4
+    value = fused_token_kl(student.masked_fill(~mask[:, None], torch.nan), weight, teacher, token_weights=mask)
+    return (value * token_weights).sum(), value.detach()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [step, plain, top_k, two_heads, masked],
+    ids=["options", "arbitrary upstream", "top-k and mask", "two heads", "masked NaN"],
+)
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_node_with_eager_results(function, trainable, dtype):
@@ -47,7 +73,7 @@ def test_one_node_with_eager_results(function, trainable, dtype):
     for call in (function, torch.compile(function, backend=backend, fullgraph=True)):
         student = inputs.student_hidden.clone().requires_grad_()
         head = inputs.head.clone().requires_grad_(trainable)
-        bias = torch.zeros(cases.V, dtype=dtype, requires_grad=trainable and function is step)
+        bias = torch.zeros(cases.V, dtype=dtype, requires_grad=trainable and function in (step, two_heads))
         total, other = call(student, head, bias, inputs.teacher_hidden, inputs.upstream)
         total.backward()
         results.append([total.detach(), other.detach(), student.grad, head.grad, bias.grad])
@@ -60,6 +86,17 @@ def test_one_node_with_eager_results(function, trainable, dtype):
     assert len(nodes) == 1
 
 
+def test_without_gradients_none_are_formed(monkeypatch):
+    inputs, wanted, run = cases.mixture(torch.float32, shared=True, n=5), [], compiled.sweep
+    monkeypatch.setattr(compiled, "sweep", lambda ops, w, grads: wanted.append(bool(grads)) or run(ops, w, grads))
+    sides = (inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_(), inputs.teacher_hidden)
+    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        value = call(*sides)
+    assert torch.equal(call(*sides), value)
+    assert wanted == [False, True]
+
+
 def test_operator_is_what_it_says():
     inputs = cases.mixture(torch.float32, shared=True, n=5)
     student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
@@ -70,13 +107,13 @@ def test_operator_is_what_it_says():
         torch.library.opcheck(torch.ops.opsd.fused_token_kl.default, (*arguments, *settings))
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("node", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-def test_second_derivative_says_why_not(trainable, compiled):
+def test_second_derivative_says_why_not(trainable, node):
     inputs = cases.mixture(torch.float32, shared=True, n=5)
     student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_(trainable)
     weights = torch.ones(5, requires_grad=True)
-    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True) if compiled else fused_token_kl
+    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True) if node else fused_token_kl
     value = (call(student, head, inputs.teacher_hidden) * weights).sum()
     (grad,) = torch.autograd.grad(value, student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

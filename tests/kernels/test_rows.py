@@ -246,21 +246,50 @@ def test_nan_goes_through(backend, kind):
     assert out["value"].isnan().tolist() == [True, False]
 
 
-@pytest.mark.skipif(cases.INTERPRETED, reason="native only")
+@pytest.fixture
+def native():
+    if cases.INTERPRETED:
+        pytest.skip("native only")
+    module = importlib.import_module("opsd_kernels.rows_native")
+    if module.obstacle():
+        pytest.skip(module.obstacle())
+    return module
+
+
 @pytest.mark.parametrize("name", [b"generic", b"avx2"])
-@pytest.mark.parametrize("distance", [0.3, 4.0])  # one exponential for both sides, and one for each
+@pytest.mark.parametrize("distance", [0.3, 1.0, 4.0])  # one exponential for both sides, some of each, and one for each
+@pytest.mark.parametrize("clip", [None, 2e-3], ids=["free", "clipped"])
 @every_kind
 @both_forms
-def test_every_instruction_set_agrees(name, distance, kind, is_delta):
-    native = importlib.import_module("opsd_kernels.rows_native")
-    if native.obstacle():
-        pytest.skip(native.obstacle())
-    z_s, second = 3 * torch.randn(3, WIDTH), distance * torch.randn(3, WIDTH)
-    best, best_grad = run("native", z_s, second, is_delta, Divergence(kind))
+def test_every_instruction_set_agrees(native, name, distance, clip, kind, is_delta):
+    g = torch.Generator().manual_seed(8)
+    z_s, second = 3 * torch.randn(3, WIDTH, generator=g), distance * torch.randn(3, WIDTH, generator=g)
+    if not is_delta:
+        second = z_s - second
+    operands = (z_s, second, is_delta, Divergence(kind, temperature=1.1, clip=clip))
+    tokens = torch.tensor([0, WIDTH - 1, 300])
+    best, best_grad = run("native", *operands, tokens=tokens)
     try:
         native._library().opsd_rows_use_isa(name)
-        out, grad = run("native", z_s, second, is_delta, Divergence(kind))
+        out, grad = run("native", *operands, tokens=tokens)
     finally:
         native._library().opsd_rows_use_isa(None)
+    torch.testing.assert_close(out.table, best.table, rtol=2e-6, atol=5e-7)
     torch.testing.assert_close(out["value"], best["value"], rtol=2e-6, atol=1e-9)
     torch.testing.assert_close(grad, best_grad, rtol=1e-4, atol=1e-8)
+
+
+@every_kind
+def test_threads_share_the_rows(native, kind):
+    g = torch.Generator().manual_seed(9)
+    z_s, z_t = 3 * torch.randn(2, 211, WIDTH, generator=g)
+    operands = (z_s, z_t, False, Divergence(kind, clip=0.01), torch.rand(211, generator=g))
+    tokens, threads, found = torch.randint(WIDTH, (211,), generator=g), torch.get_num_threads(), []
+    try:
+        for count in (1, 7):
+            torch.set_num_threads(count)
+            out, grad = run("native", *operands, tokens=tokens)
+            found.append((out.table, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -67,7 +67,7 @@ def test_every_token_ignored_gives_zero():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"expected beta in \[0, 1\], got 1.5"):
         FusedLinearJSD(1.5)
-    with pytest.raises(ValueError, match="expected temperature as a number from 1e-12"):
+    with pytest.raises(ValueError, match="expected temperature as a number from 1e-06"):
         FusedLinearJSD(temperature=0)
     with pytest.raises(ValueError, match=r"expected shift_labels of shape \(21,\), got \(20,\)"):
         FusedLinearJSD()(*operands()[:4], operands()[4][1:])

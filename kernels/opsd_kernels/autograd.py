@@ -28,11 +28,10 @@ class TokenKL(torch.autograd.Function):
         out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
         value = out["value"].clone() if weights is None else times(weights, out["value"])
         if any(wanted[1:]):
-            ctx.ops, ctx.dtypes, teacher = ops, (weight.dtype, None if bias is None else bias.dtype), ops.teacher_head
+            ctx.ops, ctx.dtypes = ops, (weight.dtype, None if bias is None else bias.dtype)
             # only a second sweep reads them, and raises if one has changed in place
-            ctx.save_for_backward(
-                student_hidden, weight, bias, weights, ops.teacher_hidden, teacher.weight, teacher.bias
-            )
+            teacher = (ops.teacher_hidden, ops.teacher_head.weight, ops.teacher_head.bias)
+            ctx.save_for_backward(student_hidden, weight, bias, weights, *teacher)
         ctx.mark_non_differentiable(out.table)
         return value, out.table
 

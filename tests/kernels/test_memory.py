@@ -49,22 +49,23 @@ class NoRows:
 
 @pytest.fixture
 def sweep_bytes(monkeypatch):
-    """Peak of a sweep on CUDA above operands and gradients; meta tensors stand for it, their products are CUDA's."""
-    monkeypatch.setattr(gemm, "needs_widening", lambda head: False)
-    monkeypatch.setattr(gemm, "gradient_dtype", lambda head: head.dtype)
+    """Peak of a sweep above operands and gradients; meta stands for CUDA, or for a CPU where half heads are widened."""
     monkeypatch.setattr(gemm, "logits_into", lambda *_: None)
-    monkeypatch.setattr(gemm, "hidden_gradient", lambda grad, head, _: grad @ head)
     monkeypatch.setattr(gemm, "head_gradient_into", lambda *_, **__: None)
     monkeypatch.setattr(kernel_sweep, "_autocast_off", lambda ops: contextlib.nullcontext())  # unknown to meta
     meta = {"device": "meta", "dtype": torch.bfloat16}
 
-    def measured(n, shared, trained):
+    def measured(n, shared, trained, mib=DEFAULT_WORKSPACE_MIB, softcap=None, widened=False, with_grad=True):
+        monkeypatch.setattr(gemm, "needs_widening", lambda head: widened)
+        monkeypatch.setattr(gemm, "gradient_dtype", lambda head: torch.float32 if widened else head.dtype)
+        monkeypatch.setattr(gemm, "hidden_gradient", lambda grad, *_: grad.new_empty(len(grad), D))
         student, weight = torch.empty(n, D, **meta), torch.empty(V, D, **meta)
-        head = Head(weight)
+        head = Head(weight, softcap=softcap)
         other = head if shared else Head(torch.empty(V, 2 * D, **meta)[:, :D])
         sides = (student, head, torch.empty(n, D, **meta), other)
-        ops = Operands(*sides, Divergence("jsd"), NoRows, DEFAULT_WORKSPACE_MIB)
-        grads = Gradients(torch.empty(n, D, **meta), torch.empty(V, D, device="meta") if trained else None)
+        ops = Operands(*sides, Divergence("jsd"), NoRows, mib)
+        hidden = torch.empty(n, D, **meta) if with_grad else None
+        grads = Gradients(hidden, torch.empty(V, D, device="meta") if trained else None)
         with Held() as held:
             kernel_sweep.sweep(ops, None, grads)
         return held.peak
@@ -79,6 +80,17 @@ def test_workspace_on_cuda(sweep_bytes, shared, trained, gib):
     for n in (8192, 131072):
         results = 40 * n  # nine numbers for each token, and the factor of its gradient
         assert sweep_bytes(n, shared, trained) <= gib * 2**30 + results
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["linear", "softcap"])
+@pytest.mark.parametrize("widened", [True, False], ids=["widened", "half"])
+@pytest.mark.parametrize("wanted", ["head", "hidden", "nothing"])
+def test_a_small_workspace_is_not_outgrown(sweep_bytes, softcap, widened, wanted):
+    """Of fewer rows than chunks are rounded to, so that a part that is not counted shows."""
+    kind = {"softcap": softcap, "widened": widened, "with_grad": wanted != "nothing"}
+    for mib in (97, 140):
+        for shared in (True, False):
+            assert sweep_bytes(1000, shared, wanted == "head", mib, **kind) <= mib * 2**20 + 40 * 1000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -101,6 +101,25 @@ def test_what_a_second_sweep_reads_must_not_change(name, uniform):
             (value * inputs.upstream).sum().backward()
 
 
+@pytest.mark.skipif(cases.INTERPRETED, reason="does not depend on the backend")
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_value_may_be_changed_in_place(weighted):
+    inputs = cases.mixture(torch.float32, shared=True)
+    student = inputs.student_hidden.requires_grad_()
+    weights = inputs.upstream if weighted else None
+    value, stats = fused_token_kl(
+        *(student, inputs.head, inputs.teacher_hidden),
+        token_weights=weights,
+        tokens=torch.arange(cases.N),
+        return_stats=True,
+    )
+    (expected,) = torch.autograd.grad(value.sum(), student, retain_graph=True)
+    before = [None if x is None else x.clone() for x in stats]
+    value.mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), student)[0], 2 * expected)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(stats, before, strict=True))
+
+
 @every_backend
 def test_double_backward_raises(backend):
     inputs = cases.mixture(torch.float32, shared=True)
@@ -239,9 +258,7 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.skipif(cases.INTERPRETED, reason="the workspace is the same")
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("wanted", "softcap"), [("trainable", None), ("frozen", None), ("trainable", 5.0), ("no_grad", 5.0)], ids=str
-)
+@pytest.mark.parametrize(("wanted", "softcap"), [("trainable", None), ("frozen", None), ("no_grad", 5.0)], ids=str)
 def test_memory_stays_in_the_workspace(backend, dtype, wanted, softcap):
     n, vocab, width, mib = 3000, 2003, 32, 4 if backend == "native" else 24  # 24 MB of logits
     inputs = cases.mixture(dtype, shared=False, n=n, vocab=vocab, width=width)

@@ -1,5 +1,7 @@
 """A sweep in many chunks, slabs and gradient groups: every result lands at its own tokens, columns and sides."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -73,6 +75,18 @@ def test_gradient_rows_collected_over_chunks(form, monkeypatch):
     chunks = plans[0][0]
     assert len(chunks.groups()) > 1 and len(chunks.chunks(*chunks.groups()[0])) > 1
     assert_same(found, expected, 1e-2)
+
+
+def test_only_bf16_on_cuda_keeps_half_gradients():
+    """fp16 has no room for p * r. What has no GPU sees it in the choice alone."""
+    for is_cuda, dtype, widened, gradient in (
+        (True, torch.bfloat16, False, torch.bfloat16),
+        (True, torch.float16, True, torch.float32),
+        (True, torch.float32, False, torch.float32),
+        (False, torch.bfloat16, True, torch.float32),
+    ):
+        head = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+        assert (gemm.needs_widening(head), gemm.gradient_dtype(head)) == (widened, gradient)
 
 
 @pytest.mark.parametrize("workspace_mib", [600, 0.7], ids=["one chunk", "many"])

@@ -8,8 +8,10 @@
 Exact moments are kept, as bitsandbytes advises, for embeddings, whose rare rows would share a scale with frequent
 ones, and for parameters of fewer than 4096 numbers: norms and biases. Those below 100,000 are never paged.
 
-bitsandbytes takes the number of the update from the host. So here the host waits for the device once an update, with
-`optim.in_backward` once a parameter, to see whether it is to be left out.
+bitsandbytes takes the number of the update from the host, and its kernels have no operand that makes them change
+nothing. So the host asks the device once an update, with `optim.in_backward` once a parameter, whether it is to be left
+out. There it waits anyway: bitsandbytes' `step` waits for the device after every parameter. To undo an update on the
+device would take copies of weights and moments, and more traffic than the update.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ import math
 import shutil
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.adamw_low_bit import embedding_names, moments_of
 from opsd.config import OptimConfig, load_config
@@ -90,6 +92,31 @@ def test_an_update_that_is_no_number_changes_nothing(kind, what):
         assert optimizer.skipped.take() == (0 if bad_at is None else 1, 0)
     assert runs[0].keys() == runs[1].keys()
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host asks for the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@LIBRARY
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_asks_once_an_update_and_for_exact_moments_never(kind):
+    for one, times in ((kind, 1), ("adamw", 0)):
+        model = Toy()
+        optimizer = Optimizer(model, OptimConfig(kind=one, lr=1e-2, max_grad_norm=1.0), 5)
+        for step in range(2):
+            model.give_gradients(step)
+            with Asked() as asked:
+                optimizer.step(step, torch.tensor(1.0))
+            assert asked.times == times
 
 
 @LIBRARY

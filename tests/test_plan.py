@@ -28,6 +28,7 @@ from opsd.plan.shapes import Shapes
 from opsd.plan.stand_ins import workspace_bytes
 from opsd.plan.table import verdict
 from opsd.plan.workload import Longest, Workload
+from tests.families import FAMILIES
 from tests.jobs import base_words, text_job
 
 META = torch.device("meta")
@@ -91,6 +92,16 @@ def test_remembered_shapes_are_those_of_the_operators():
         assert all((x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype) for x, y in pairs), func
     assert shapes(aten.t.default, (a,), {}).untyped_storage()._cdata == a.untyped_storage()._cdata, "a view stays one"
     assert shapes(aten.add_.Tensor, (a, 1), {}) is a
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_have_the_shapes_of_a_device(dtype):
+    rows, experts = torch.ones(10, 16, dtype=dtype), torch.ones(4, 23, 16, dtype=dtype).mT
+    upstream, ends = torch.ones(10, 24, dtype=dtype)[:, :23], torch.tensor([2, 5, 7, 10], dtype=torch.int32)
+    for a, b in ((rows, experts), (upstream, experts.mT), (rows.mT, upstream)):
+        real = torch.nn.functional.grouped_mm(a, b, offs=ends)
+        found = Shapes()(torch.ops.aten._grouped_mm.default, (a.to(META), b.to(META)), {"offs": ends.to(META)})
+        assert (found.shape, found.stride(), found.dtype) == (real.shape, real.stride(), dtype)
 
 
 def test_autocast_on_meta_keeps_what_autocast_keeps():
@@ -263,6 +274,16 @@ def test_a_dry_run_needs_neither_weights_nor_tokenizer_nor_rows(tmp_path, capsys
     assert "expected rows, or --prompt-tokens" in capsys.readouterr().err
     assert dry(bare, tmp_path, "--memory", "1GiB", "--prompt-tokens", "50") == 0
     assert "50 tokens (teacher 50), not counted by a tokenizer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("model.adapter=lora",), (), ("model.dtype=bfloat16",)])
+def test_a_dry_run_of_a_mixture_of_experts_in_fp32(tmp_path, capsys, words):
+    name, made = FAMILIES["qwen3_omni_moe"].config()
+    made.architectures = [name]
+    made.save_pretrained(tmp_path / "model")
+    config = load_config(None, [f"model.path={tmp_path / 'model'}", "rollout.max_new_tokens=20", *words])
+    assert dry(config, tmp_path, "--memory", "24GiB", "--prompt-tokens", "50") == 0
+    assert "largest engine.token_budget that fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

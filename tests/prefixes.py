@@ -19,7 +19,7 @@ def stored(name: int, length: int = 3, dtype: torch.dtype = torch.float32) -> St
     keys, values = (
         [torch.randn(2, length, 4, generator=generator).to(dtype) for _ in range(2)] for _ in ("keys", "values")
     )
-    return Stored(keys, values, length + 1, torch.randn(8, generator=generator).to(dtype))
+    return Stored(keys, values, length + 1.25, torch.randn(8, generator=generator).to(dtype))
 
 
 def same(found: Stored | None, expected: Stored) -> bool:

@@ -139,6 +139,22 @@ def test_a_sound_is_found_whatever_it_was_padded_to(setting):
     assert (model.towers.metrics()["hits"], model.towers.metrics()["misses"]) == (1, 2)
 
 
+def test_what_is_kept_of_a_sound_does_not_depend_on_its_neighbours(setting):
+    """Qwen3-Omni's convolutions would see how far the sound is padded."""
+    family, open_with = setting
+    if "audio" not in family.media:
+        pytest.skip("no sounds")
+    alone = Builder(family, 91).sound(20).text(1).prompt()
+    beside = Builder(family, 91).sound(20).sound(120).text(1).prompt()
+    found = []
+    for order in ((alone, beside), (beside, alone)):
+        model = open_with()
+        with torch.no_grad(), Double():
+            states = {id(prompt): prefill(model, [prompt])[0].last_hidden for prompt in order}
+        found.append((states[id(alone)], states[id(beside)]))
+    assert all(relative(a, b) < 1e-9 for a, b in zip(*found, strict=True))
+
+
 def test_a_sound_that_comes_twice_in_a_pass_is_computed_once(setting):
     family, open_with = setting
     if "audio" not in family.media:

@@ -97,14 +97,20 @@ def test_without_gradients_none_are_formed(monkeypatch):
     assert wanted == [False, True]
 
 
-def test_operator_is_what_it_says():
-    inputs = cases.mixture(torch.float32, shared=True, n=5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_operator_is_what_it_says(dtype):
+    """Shapes and dtypes of the fake implementations, of the backward's too."""
+    inputs = cases.mixture(dtype, shared=True, n=5)
     student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_()
     numbers = [0.5, 1.0, 1.0, float("inf"), 1.0, float("inf"), 1.0, float("inf"), 600.0]
     arguments = (student, head, None, inputs.teacher_hidden, None, None, None, None, [True, True, False])
     for support in ([0, 0, 0], [5, 1, 0]):
         settings = ("jsd", "auto", "", numbers, [cases.V, cases.V, *support])
         torch.library.opcheck(torch.ops.opsd.fused_token_kl.default, (*arguments, *settings))
+        found = torch.ops.opsd.fused_token_kl(*arguments, *settings)[2:]
+        operands = (torch.rand(5), *(x.detach() for x in found), student.detach(), head.detach(), *arguments[2:])
+        check = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.opsd.fused_token_kl_backward.default, (*operands, *settings), test_utils=check)
 
 
 @pytest.mark.parametrize("node", [True, False], ids=["compiled", "eager"])

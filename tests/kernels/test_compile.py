@@ -86,6 +86,18 @@ def test_one_node_with_eager_results(function, trainable, dtype):
     assert len(nodes) == 1
 
 
+def test_an_upstream_of_0_outweighs_an_infinite_token():
+    """The teacher excludes what the first student has most of: no gradient, which times 0 is 0."""
+    inputs = cases.mixture(torch.float32, shared=True, n=3)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head
+    bias = torch.zeros(cases.V).index_fill(0, (student[:1] @ head.mT).argmax(dim=1), -torch.inf)
+    call = torch.compile(fused_token_kl, backend="eager", fullgraph=True)
+    value = call(student, head, inputs.teacher_hidden, Head(head, bias))
+    assert value[0] == torch.inf
+    value[1:].sum().backward()
+    assert not student.grad[0].any()
+
+
 def test_without_gradients_none_are_formed(monkeypatch):
     inputs, wanted, run = cases.mixture(torch.float32, shared=True, n=5), [], compiled.sweep
     monkeypatch.setattr(compiled, "sweep", lambda ops, w, grads: wanted.append(bool(grads)) or run(ops, w, grads))

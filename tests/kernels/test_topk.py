@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opsd_kernels import Divergence, TopK, fused_token_kl
-from opsd_kernels.reference import by_products
+from opsd_kernels.reference import by_products, token_divergence
 from tests.kernels import cases
 from tests.kernels.test_op import PeakBytes, gradients
 
@@ -118,27 +118,51 @@ def test_a_tail_that_one_side_or_none_has(backend, is_delta):
     """-inf outside S: nothing is left out, or all of it by the teacher, which reverse KL cannot bear."""
     from opsd_kernels.rows import APPROXIMATED, RESULTS, RowOutputs, row_kernel
 
-    z_s, z_t = torch.full((3, 50), -torch.inf), torch.full((3, 50), -torch.inf)
-    z_s[:, :4], z_t[:, :4] = torch.arange(4.0), torch.arange(4.0) + 0.1 * torch.randn(3, 4)
+    z_s, z_t = torch.full((4, 50), -torch.inf), torch.full((4, 50), -torch.inf)
+    z_s[:, :4], z_t[:, :4] = torch.arange(4.0), torch.arange(4.0) + 0.1 * torch.randn(4, 4)
     z_s[2, 4:] = -1.0
+    if not is_delta:  # a difference of -inf says nothing about the teacher
+        z_t[3, 4:] = -1.0
     values = {}
     for kind in cases.DIVERGENCES:
         divergence = Divergence(kind, beta=0.3, support=TopK(4))
         kernel = row_kernel(backend, torch.device("cpu"), divergence, None, 1)
         second = torch.where(z_s == z_t, 0.0, z_s - z_t) if is_delta else z_t
-        out, grad = RowOutputs(torch.full((len(RESULTS + APPROXIMATED), 3), torch.nan)), torch.full_like(z_s, torch.nan)
-        kernel.run(z_s.clone(), second.clone(), is_delta, divergence, torch.ones(3), grad, out, None)
+        out, grad = RowOutputs(torch.full((len(RESULTS + APPROXIMATED), 4), torch.nan)), torch.full_like(z_s, torch.nan)
+        kernel.run(z_s.clone(), second.clone(), is_delta, divergence, torch.ones(4), grad, out, None)
         values[kind] = out["value"]
         assert grad[:2].isfinite().all()
         assert not grad[:2, 4:].any()
         assert out["student_tail_mass"].tolist()[:2] == [0, 0]
-        alone, whole = (x[:2, :4].double().log_softmax(-1) for x in (z_s, z_t))
         if kind == "reverse_kl":
-            truth = (alone.exp() * (alone - whole)).sum(-1)
-            torch.testing.assert_close(out["value"][:2].double(), truth, rtol=1e-5, atol=1e-7)
+            rows = [0, 1, 3]
+            log_p, log_q = (x[rows].double().log_softmax(-1)[:, :4] for x in (z_s, z_t))
+            truth = (log_p.exp() * (log_p - log_q)).sum(-1)
+            torch.testing.assert_close(out["value"][rows].double(), truth, rtol=1e-5, atol=1e-7)
     assert values["reverse_kl"][2] == torch.inf
-    assert values["forward_kl"].isfinite().all()
+    assert values["forward_kl"][:3].isfinite().all()
+    assert is_delta or values["forward_kl"][3] == torch.inf
     assert values["jsd"].isfinite().all()
+
+
+@every_backend
+@pytest.mark.parametrize("is_delta", [True, False], ids=["delta", "pair"])
+@pytest.mark.parametrize("kind", cases.DIVERGENCES)
+def test_a_tail_with_all_of_one_side_and_nothing_of_the_other(backend, is_delta, kind):
+    from opsd_kernels.rows import APPROXIMATED, RESULTS, RowOutputs, row_kernel
+
+    z_s = torch.linspace(-1, 1, 100).reshape(2, 50)
+    z_t = z_s + 0.5 * torch.linspace(1, -1, 50)
+    z_s[0, 4:] -= 60
+    z_t[0, 4:] += 20
+    z_s[1, 4:] += 15
+    z_t[1, 4:] -= 60
+    divergence = Divergence(kind, beta=0.3, support=TopK(4))
+    expected = token_divergence(z_s.double(), z_t.double(), divergence)
+    kernel = row_kernel(backend, torch.device("cpu"), divergence, None, 1)
+    out = RowOutputs(torch.full((len(RESULTS + APPROXIMATED), 2), torch.nan))
+    kernel.run(z_s.clone(), z_s - z_t if is_delta else z_t, is_delta, divergence, torch.ones(2), None, out, None)
+    torch.testing.assert_close(out["value"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @every_backend

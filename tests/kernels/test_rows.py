@@ -279,6 +279,17 @@ def test_every_instruction_set_agrees(native, name, distance, clip, kind, is_del
     torch.testing.assert_close(grad, best_grad, rtol=1e-4, atol=1e-8)
 
 
+def test_rows_of_wider_ones(native):
+    """Each tensor has a stride of its own."""
+    g = torch.Generator().manual_seed(10)
+    z_s, z_t, grad = (torch.randn(5, WIDTH + more, generator=g)[:, :WIDTH] for more in (7, 3, 11))
+    divergence, ones = Divergence("jsd"), torch.ones(5)
+    expected, slope = run("native", z_s.contiguous(), z_t.contiguous(), False, divergence)
+    out = RowOutputs(torch.full((len(RESULTS), 9), torch.nan)[:, :5])
+    native.run(z_s, z_t, False, divergence, ones, grad, out, None)
+    assert torch.equal(out.table, expected.table) and torch.equal(grad, slope)
+
+
 @every_kind
 def test_threads_share_the_rows(native, kind):
     g = torch.Generator().manual_seed(9)

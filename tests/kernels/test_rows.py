@@ -299,6 +299,7 @@ def test_threads_share_the_rows(native, kind):
     try:
         for count in (1, 7):
             torch.set_num_threads(count)
+            assert native.scratch_bytes(1000) == 4000 * count
             out, grad = run("native", *operands, tokens=tokens)
             found.append((out.table, grad))
     finally:

@@ -219,6 +219,15 @@ def test_never_negative_and_bounded(backend, kind):
 
 
 @every_backend
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_a_limit_that_no_term_reaches_costs_no_digits(backend, kind):
+    z_s = 8 * torch.randn(ROWS, WIDTH)
+    out, _ = run(backend, z_s, z_s * (1 + 2.0**-23), False, Divergence(kind, clip=50.0))
+    assert (out["value"] >= 0).all()
+    assert out["value"].max() < 1e-9
+
+
+@every_backend
 @every_kind
 def test_scale_multiplies_the_gradient_only(backend, kind):
     z_s, delta, scale = torch.randn(3, WIDTH), 0.1 * torch.randn(3, WIDTH), torch.tensor([2.0, 0.0, -0.5])

@@ -58,6 +58,8 @@ def test_the_slurm_script_tells_every_process_its_place(tmp_path):
     command = ["bash", str(ROOT / "examples" / "slurm" / "train.sbatch"), "cfg.yaml", "train.steps=3"]
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, env=env | {"PATH": path}, capture_output=True, text=True, check=False)
-    words = "-m opsd.train cfg.yaml train.parallel=fsdp checkpoint.every=50 train.steps=3"
-    told = f"2 first 21234 {words} train.run_dir=/there/runs/mine --resume auto"
+    words = (
+        "-m opsd.train cfg.yaml train.parallel=fsdp checkpoint.every=50 train.run_dir=/there/runs/mine train.steps=3"
+    )
+    told = f"2 first 21234 {words} --resume auto"
     assert done.stdout.splitlines() == [f"0 0 {told}", f"1 1 {told}"], done.stderr

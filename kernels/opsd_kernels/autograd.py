@@ -28,10 +28,11 @@ class TokenKL(torch.autograd.Function):
         out = sweep(ops, weights, targets(ops, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad))
         value = out["value"].clone() if weights is None else times(weights, out["value"])
         if any(wanted[1:]):
-            ctx.ops, ctx.dtypes = ops, (weight.dtype, None if bias is None else bias.dtype)
+            ctx.ops, ctx.weights = ops, weights
+            ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
             # only a second sweep reads them, and raises if one has changed in place
-            teacher = (ops.teacher_hidden, ops.teacher_head.weight, ops.teacher_head.bias)
-            ctx.save_for_backward(student_hidden, weight, bias, weights, *teacher)
+            ctx.save_for_backward(student_hidden, weight, bias)
+            ctx.versions = versions(weights, ops.teacher_hidden, ops.teacher_head.weight, ops.teacher_head.bias)
         ctx.mark_non_differentiable(out.table)
         return value, out.table
 
@@ -99,11 +100,18 @@ def _head_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) 
 
 def _swept_again(ctx: Any, upstream: Tensor) -> list[Tensor | None]:  # (N,) -> (V, D), (V,) fp32
     """Raises RuntimeError where an operand has changed in place since the forward: a teacher that moved, say."""
-    _, weight, bias, token_weights, *_ = ctx.saved_tensors
-    weights = upstream if token_weights is None else upstream * token_weights
+    _, weight, bias = ctx.saved_tensors
+    if any(x._version != version for x, version in ctx.versions):
+        raise RuntimeError("expected operands as they were in the forward, got a teacher or weights changed in place")
+    weights = upstream if ctx.weights is None else upstream * ctx.weights
     total = [unfilled(x) if want else None for x, want in pairs(weight, bias, list(ctx.needs_input_grad[:3]))]
     sweep(ctx.ops, weights.contiguous(), targets(ctx.ops, None, *total))
     return total
+
+
+def versions(*operands: Tensor | None) -> list[tuple[Tensor, int]]:
+    """How often each has been written to. Tensors of torch.inference_mode do not count that."""
+    return [(x, x._version) for x in operands if x is not None and not x.is_inference()]
 
 
 def is_uniform(upstream: Tensor) -> bool:

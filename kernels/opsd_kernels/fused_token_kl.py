@@ -116,7 +116,8 @@ def fused_token_kl(
 
     Raises ValueError for types, dimensions, dtypes, devices or sizes that do not match, an invalid divergence, hidden
     states that check_finite finds, a workspace that cannot hold one row, or a named backend that is not available; and
-    RuntimeError in a second pass whose operands have changed in place. N = 0 gives an empty result, zero gradients.
+    RuntimeError in a second pass whose operands have changed in place (what is written through `.data` is not seen).
+    N = 0 gives an empty result, zero gradients.
     """
     divergence = Divergence.of(divergence)
     student, teacher = Head.of(head), Head.of(head if teacher_head is None else teacher_head)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.plan.ledger import Ledger
-from opsd.plan.round_trip import RoundTrip, seen_apart, told
+from opsd.plan.round_trip import RoundTrip, on_meta, seen_apart, told
 from opsd.plan.shapes import Place, described
 
 _OWN = ("layer_idx", "training", "forward", "kwargs")  # of a layer alone or of the whole pass; what peft made it with
@@ -94,7 +94,9 @@ class Alike:
         self, layer: nn.Module, own: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A forward that a backward will follow."""
-        key = self._key(kind, args, kwargs) if self.trips and args[0].requires_grad else None
+        differentiable = [x.requires_grad for x in on_meta((args, kwargs))]
+        told_of = self.trips and args and differentiable[0] and not any(differentiable[1:])  # of the first input alone
+        key = self._key(kind, args, kwargs) if told_of else None
         if key is None:
             return own(*args, **kwargs)
         if key not in self._met:

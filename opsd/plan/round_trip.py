@@ -76,19 +76,19 @@ def _seen(ledger: Ledger, layer: Callable[..., Any], inputs: Inputs, parameters:
 
 def told(ledger: Ledger, trip: RoundTrip, inputs: Inputs, parameters: Sequence[Tensor]) -> Tensor:
     """The result of a layer whose round trip is known."""
-    held = [x for x, kept in zip(_on_meta(inputs), trip.keeps_inputs, strict=True) if kept]
+    held = [x for x, kept in zip(on_meta(inputs), trip.keeps_inputs, strict=True) if kept]
     out: Tensor = _Told.apply(inputs[0][0], trip, ledger, parameters, held)
     return out
 
 
-def _on_meta(x: Any) -> Iterator[Tensor]:
+def on_meta(x: Any) -> Iterator[Tensor]:
     """The tensors on meta in nested arguments, in the order of `_changed`."""
     if isinstance(x, Tensor):
         if x.is_meta:
             yield x
     elif isinstance(x, (list, tuple, dict)):
         for one in x.values() if isinstance(x, dict) else x:
-            yield from _on_meta(one)
+            yield from on_meta(one)
 
 
 def _changed(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -150,4 +150,5 @@ class _Told(torch.autograd.Function):
             if grows:
                 p.grad = torch.empty_like(p)
                 ledger.name([p.grad], GRADIENTS)
-        return upstream if trip.given == trip.result else trip.given.another(), None, None, None, None
+        grad = upstream if Place.of(upstream) == trip.given else trip.given.another()
+        return grad, None, None, None, None

@@ -67,6 +67,8 @@ def _grouped_mm(
 
     (S, K) (E, K, N) -> (S, N); (M, S) (S, N) -> (E, M, N) with offs (E,), the ends of the groups in S.
     """
+    if not a.is_meta:
+        return torch.ops.aten._grouped_mm.default(a, b, offs, bias, out_dtype)
     size = [a.shape[-2], b.shape[-1]]
     if a.ndim == b.ndim:
         size.insert(0, len(a) if offs is None else len(offs))

@@ -221,10 +221,12 @@ def test_never_negative_and_bounded(backend, kind):
 @every_backend
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
 def test_a_limit_that_no_term_reaches_costs_no_digits(backend, kind):
-    z_s = 8 * torch.randn(ROWS, WIDTH)
-    out, _ = run(backend, z_s, z_s * (1 + 2.0**-23), False, Divergence(kind, clip=50.0))
-    assert (out["value"] >= 0).all()
-    assert out["value"].max() < 1e-9
+    """Of a small difference: a plain sum of terms of first order, as the rows in torch take here, has three."""
+    z_s, delta = 8 * torch.randn(ROWS, WIDTH), 1e-3 * torch.randn(ROWS, WIDTH)
+    expected, _, _ = truth(z_s, delta, True, Divergence(kind))
+    out, _ = run(backend, z_s, delta, True, Divergence(kind, clip=50.0))
+    rtol = 1e-5 if backend == "native" else 2e-3
+    torch.testing.assert_close(out["value"].double(), expected, rtol=rtol, atol=0)
 
 
 @every_backend

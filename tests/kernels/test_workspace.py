@@ -31,6 +31,15 @@ def nothing_kept():
     memory.keep_workspace(True)
 
 
+@pytest.fixture
+def one_thread():
+    """A child has none of its parent's others, and sums of one thread are not those of two to the bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.enable_grad()  # also where autograd has it off: in a hook, in a forward
 def results(dtype=torch.float32, trained=True, softcap=None, n=N, hook=None):
     """Value and gradients. hook: called with each of the gradients."""
@@ -137,14 +146,13 @@ def test_a_call_in_a_hook_of_the_backward_of_another():
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_child_has_its_own():
+def test_a_forked_child_has_its_own(one_thread):
     wanted = results()
     before = kept()
     child = os.fork()
     if child == 0:  # no test of its own: it says what it found with its exit status
         try:
             signal.alarm(30)
-            torch.set_num_threads(1)
             same = kept() == before and all(torch.equal(a, b) for a, b in zip(results(n=N), wanted, strict=True))
             memory._kept[0].fill_(0xFF)
             os._exit(0 if same else 1)

@@ -13,22 +13,25 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
+from opsd.collector import collector_off
 
-from opsd.cli import guard, parser, split_words
-from opsd.config import Config, load_config
-from opsd.evaluate import measure
-from opsd.group import Group
-from opsd.metrics import Sums, log_step
-from opsd.opening import open_run
-from opsd.report import write_report
-from opsd.resume import is_run, newest_run, saved_config
-from opsd.run import Run
-from opsd.run_dirs import next_run_dir, run_dirs, with_run_dir
-from opsd.saving import is_best, save, stop_if_asked
-from opsd.step import fitted, learn, passes, sample, teach
-from opsd.stop import Stop, Stopped, on_signals
-from opsd.world import World, joined
+with collector_off():
+    import torch
+
+    from opsd.cli import guard, leave, parser, split_words
+    from opsd.config import Config, load_config
+    from opsd.evaluate import measure
+    from opsd.group import Group
+    from opsd.metrics import Sums, log_step
+    from opsd.opening import open_run
+    from opsd.report import write_report
+    from opsd.resume import is_run, newest_run, saved_config
+    from opsd.run import Run
+    from opsd.run_dirs import next_run_dir, run_dirs, with_run_dir
+    from opsd.saving import is_best, save, stop_if_asked
+    from opsd.step import fitted, learn, passes, sample, teach
+    from opsd.stop import Stop, Stopped, on_signals
+    from opsd.world import World, joined
 
 AUTO = "auto"
 
@@ -145,4 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "--dry-run" in sys.argv:
+        leave(status)
+    sys.exit(status)

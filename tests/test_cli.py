@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +108,9 @@ def test_writing_leaves_other_errors_alone() -> None:
     assert caught.value.filename == "there"
     with pytest.raises(RuntimeError, match="ours"), writing("here"):
         raise RuntimeError("ours")
+
+
+def test_leaving_loses_nothing_that_was_printed() -> None:
+    code = "import sys; from opsd.cli import leave; print('answer'); print('why', file=sys.stderr); leave(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "answer\n", "why\n")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = [
     "integrations",  # torch and opsd_kernels only
     "errors durable manifest stop environment intervals few_rows byte_lru digests transfer offload autocast logits say "
-    "pace chat world sharding heap containers",
+    "pace chat world sharding heap collector containers",
     "fit",
     "sections config_problems config bnb cli leaks video processing packing responses positions",
     "prefix_entry prefix_codes tensor_file prefix_files prefix_store feature_cache",

@@ -6,13 +6,13 @@ against that, `--prompt-tokens` says how long they are.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opsd.collector import collector_off
 from opsd.config import Config
 from opsd.data import Example, read_examples
 from opsd.errors import InputError
@@ -29,13 +29,8 @@ _SHOWN = 1500  # characters of a prompt
 
 def dry_run(config: Config, memory: str | None = None, prompt_tokens: int | None = None) -> Iterator[str]:
     """What `--dry-run` prints, part by part. Raises InputError for a config or rows that no run could start with."""
-    collects = gc.isenabled()
-    gc.disable()  # a million objects of libraries and model, not to be looked through again and again
-    try:
+    with collector_off():
         yield from _parts(config, memory, prompt_tokens)
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _parts(config: Config, memory: str | None, prompt_tokens: int | None) -> Iterator[str]:

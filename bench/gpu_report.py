@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import engine_report, gpu_checks, sections
+from bench import accuracy, engine_report, gpu_checks, sections
 from bench.cases import Case
 from bench.gpu_sections import VOCAB, WIDTHS, N, ceilings, checks, forget, memory, speed, tuning
 from bench.results import Row, write
@@ -43,6 +43,7 @@ SECTIONS = [
     Section("correctness", 75, checks(lambda: gpu_checks.correctness("cuda"), lambda: gpu_checks.repetition("cuda"))),
     Section("host sync", 15, checks(gpu_checks.no_sync)),
     Section("capture", 15, checks(gpu_checks.capture)),
+    Section("accuracy", 40, checks(accuracy.section)),
     Section("ceilings", 10, ceilings),
     *(Section(f"speed, D = {width}", 50, speed(*_cases(width), names=FAST)) for width in WIDTHS),
     Section("speed of the KLs", 30, speed(_kl(N, "reverse_kl"), _kl(N, "forward_kl"), _kl(1024, "jsd"), names=FAST)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import Divergence, Head, TopK, autograd, fused_token_kl, rows
+from opsd_kernels import Divergence, Head, TopK, autograd, fused_token_kl
 from tests.kernels import cases
 
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
@@ -193,30 +193,11 @@ def test_chunks_do_not_matter_and_runs_repeat_to_the_bit(backend, kind, dtype):
     n = inputs.student_hidden.shape[0]
     for rows_per_chunk in (1, n - 1, n + 1):
         value, *chunked = gradients(
-            backend, inputs, torch.sum, workspace_mib=workspace_for(inputs, backend, rows_per_chunk), **options
+            backend, inputs, torch.sum, workspace_mib=cases.workspace_for(inputs, backend, rows_per_chunk), **options
         )
         torch.testing.assert_close(value, whole[0], rtol=4e-6, atol=1e-6)
         for a, b in zip(chunked, whole[1:], strict=True):
             assert_close_norm(a.double(), b.double(), 2e-3)
-
-
-def workspace_for(inputs, backend, rows_per_chunk):
-    from opsd_kernels.sweep import Operands, plan
-
-    kernel = rows.select_rows(backend, torch.device("cpu"))
-    budget = kernel.scratch_bytes(inputs.head.shape[0]) / 2**20 + 0.05
-    while True:
-        ops = Operands(
-            *(inputs.student_hidden, Head(inputs.head), inputs.teacher_hidden, Head(inputs.teacher_head)),
-            *(Divergence(), kernel, budget),
-        )
-        try:
-            chunks, _ = plan(ops, with_grad=True)
-        except ValueError:
-            chunks = None
-        if chunks is not None and chunks.rows >= min(rows_per_chunk, inputs.student_hidden.shape[0]):
-            return budget
-        budget += 0.005
 
 
 @every_backend

@@ -118,6 +118,15 @@ def _operands(sides: Sides, settings: Settings) -> Operands:
     )
 
 
+def _check_kept(*operands: Tensor | None) -> None:
+    """Autograd keeps no such tensor, and what is traced cannot be asked."""
+    if any(x is not None and x.is_inference() for x in operands):
+        raise ValueError(
+            "expected a teacher, tokens and token_weights made under torch.no_grad where torch.compile trains the head "
+            "(its backward keeps them), got a tensor of torch.inference_mode"
+        )
+
+
 @torch.library.custom_op("opsd::fused_token_kl", mutates_args=())
 def _forward(
     student_hidden: Tensor,
@@ -136,6 +145,8 @@ def _forward(
     counts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # value, all results, and gradients, empty where not wanted
     sides = Sides(student_hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens)
+    if any(wanted[1:]):
+        _check_kept(weights, *sides)
     ops = _operands(sides, Settings(kind, backend, group, numbers, counts))
     grads = [torch.empty_like(student_hidden) if wanted[0] else None]
     grads += [
@@ -212,14 +223,18 @@ def _(upstream: Tensor, hidden_grad: Tensor, weight_grad: Tensor, bias_grad: Ten
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Operands are kept for a second sweep, where a head is trained."""
     tensors, ctx.rest = inputs[:8], inputs[8:]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output[2:], *tensors)
+    ctx.save_for_backward(*output[2:], *(tensors if any(ctx.rest[0][1:]) else ()))
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(upstream, *ctx.saved_tensors, *ctx.rest)
-    wanted = ctx.rest[0]
+    (hidden_grad, *others), wanted = ctx.saved_tensors, ctx.rest[0]
+    if not any(wanted[1:]):
+        nothing = hidden_grad.new_empty(0)
+        others += [nothing, nothing, None, nothing, None, None, None, None]
+    grads = _backward(upstream, hidden_grad, *others, *ctx.rest)
     kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return *kept, *[None] * 11
 

@@ -98,6 +98,26 @@ def test_an_upstream_of_0_outweighs_an_infinite_token():
     assert not student.grad[0].any()
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("upstream", [torch.ones(5), torch.arange(5.0)], ids=["uniform", "arbitrary"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_a_teacher_of_inference_mode(backend, upstream, trainable):
+    """A frozen head keeps nothing of it; a trained one says why it cannot."""
+    torch._dynamo.reset()
+    inputs = cases.mixture(torch.float32, shared=True, n=5)
+    student, head = inputs.student_hidden.requires_grad_(), inputs.head.requires_grad_(trainable)
+    (expected,) = torch.autograd.grad(fused_token_kl(student, head, inputs.teacher_hidden), student, upstream)
+    with torch.inference_mode():
+        teacher, weights = inputs.teacher_hidden.clone(), torch.ones(5)
+    call = torch.compile(fused_token_kl, backend=backend, fullgraph=True)
+    if trainable:
+        with pytest.raises(ValueError, match=r"expected a teacher, .* made under torch.no_grad .* got a tensor of"):
+            call(student, head, teacher, token_weights=weights)
+    else:
+        (found,) = torch.autograd.grad(call(student, head, teacher, token_weights=weights), student, upstream)
+        assert torch.equal(found, expected)
+
+
 def test_without_gradients_none_are_formed(monkeypatch):
     inputs, wanted, run = cases.mixture(torch.float32, shared=True, n=5), [], compiled.sweep
     monkeypatch.setattr(compiled, "sweep", lambda ops, w, grads: wanted.append(bool(grads)) or run(ops, w, grads))

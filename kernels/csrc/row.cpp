@@ -68,13 +68,12 @@ template <bool DELTA>
 RowResult by_products(const RowOptions& o, const Centre& centre, const Sums& sums, const Statistics& st,
                       const Logits& token) {
     const double log_student = std::log(sums.student), log_teacher = std::log(st.teacher);
-    const float teacher_centre = DELTA ? centre.z_s - centre.second : centre.second;
+    const float teacher_top = DELTA ? centre.z_s - centre.top : centre.top;
     RowResult result;
     result.of[STUDENT_ENTROPY] = static_cast<float>(log_student - sums.student_moment / sums.student);
     result.of[TEACHER_ENTROPY] = static_cast<float>(log_teacher - st.teacher_moment / st.teacher);
     result.of[STUDENT_LSE] = static_cast<float>(centre.z_s * o.inverse_temperature + log_student);
-    result.of[TEACHER_LSE] =
-        static_cast<float>(teacher_centre * o.inverse_temperature + centre.t_max + log_teacher);
+    result.of[TEACHER_LSE] = static_cast<float>(teacher_top * o.inverse_temperature + log_teacher);
     result.of[TOP1_AGREEMENT] = centre.agrees ? 1.0f : 0.0f;
     result.of[STUDENT_LOGPROB] = static_cast<float>(lane(token.s, 0) - log_student);
     result.of[TEACHER_LOGPROB] = static_cast<float>(lane(token.t, 0) - log_teacher);

@@ -6,6 +6,9 @@
 // self-distillation is a small d under large logits, and this form never subtracts two large sums. It takes one
 // exponential where all columns of a vector are near. The teacher's terms of the others carry exp(-t_max) so that
 // nothing overflows. Blocks are summed in fp32, 16 terms to a lane, rows in double.
+// Where t_max is beyond APART, columns that both sides share would have an r that is the small difference of a huge d and
+// a huge c: there t is centred at the teacher's own maximum, which leaves |c| <= ln V. Not for a reverse KL without a
+// clip: its gradient, p (d - sum p d), lives around a, and its value is as large as c.
 // Included by row.cpp only.
 #pragma once
 #include "rows.h"
@@ -16,10 +19,13 @@ namespace {
 
 constexpr int64_t BLOCK = 16 * LANES;  // few enough that what fp32 sums round stays below 2e-7 of a divergence
 constexpr float NO_MASS = -100.0f;     // in place of a centred logit of -inf, whose exponential is 0
+constexpr float LARGEST = 3.4028235e38f;
+constexpr float APART = 30.0f;  // so far above ln V that around a, where c >= t_max - ln V, c would be the larger one
 
 struct Centre {
     float z_s, second;  // both rows at the student's argmax; `second` is z_t or z_s - z_t
-    float peak, t_max;  // teacher's maximum in centred units, before and after the temperature
+    float top;          // what `second` would be at a, were the teacher's maximum there
+    float t_max;        // the teacher's maximum in centred units
     bool agrees;        // no teacher logit is above the one at a
 };
 
@@ -31,9 +37,10 @@ struct Logits {
 template <bool DELTA>
 inline Logits logits_at(const float* z_s, const float* second, int64_t count, const Centre& centre, float inverse_t) {
     const Vec student = load(z_s, count, -INFINITY) - centre.z_s;
-    const Vec other = load(second, count, DELTA ? 0.0f : -INFINITY) - centre.second;
+    const Vec either = load(second, count, DELTA ? 0.0f : -INFINITY);
+    const Vec other = either - centre.second, low = either - centre.top;
     // subtracted first: equal rows give 0 and the teacher's maximum does, whatever is fused
-    return {student * inverse_t, ((DELTA ? student - other : other) - centre.peak) * inverse_t,
+    return {student * inverse_t, (DELTA ? student - low : low) * inverse_t,
             (DELTA ? other : student - other) * inverse_t};
 }
 
@@ -58,10 +65,12 @@ Centre find_centre(const float* z_s, const float* z_t, const RowOptions& o) {
     int64_t a = best_block;
     while (a + 1 < o.vocab && z_s[a] != top) ++a;
     const float teacher_highest = highest(teacher_top), teacher_here = DELTA ? z_s[a] - z_t[a] : z_t[a];
-    if (teacher_here == -INFINITY)  // the teacher excludes a: its own maximum is the centre, and d there is infinite
-        return {z_s[a], DELTA ? z_s[a] - teacher_highest : teacher_highest, 0.0f, 0.0f, false};
-    const float peak = teacher_highest - teacher_here;
-    return {z_s[a], z_t[a], peak, peak * o.inverse_temperature, peak <= 0.0f};
+    const float own = DELTA ? z_s[a] - teacher_highest : teacher_highest, peak = teacher_highest - teacher_here;
+    const bool at_a = o.kind == REVERSE_KL && o.clip == INFINITY, agrees = peak <= 0.0f;
+    // infinite where the teacher excludes a, and so would d be there
+    const bool apart = peak * o.inverse_temperature > (at_a ? LARGEST : APART);
+    const float second = apart ? own : z_t[a], peer = agrees ? second : own;
+    return {z_s[a], second, peer, (DELTA ? second - peer : peer - second) * o.inverse_temperature, agrees};
 }
 
 // Sums over a row. near: columns with |d| <= 1; far: the others, teacher terms in units of exp(t_max).

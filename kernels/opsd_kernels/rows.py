@@ -18,6 +18,9 @@ RESULTS = (
     *("value", "student_entropy", "teacher_entropy", "student_lse", "teacher_lse", "top1_agreement"),
     *("student_logprob", "teacher_logprob", "clip_fraction"),
 )
+# A teacher surer of another token than of a by so much is centred at its own maximum, not at a. This is so far above
+# ln V that c, at most ln V around both maxima and t_max - ln V or more around a, is then the smaller one.
+APART = 30.0
 APPROXIMATED = ("full_divergence", "student_tail_mass", "teacher_tail_mass")  # with a support only
 
 
@@ -86,7 +89,7 @@ def select_rows(backend: str, device: torch.device) -> RowKernel:
 
     Raises ValueError when the named backend cannot run, and says why. The choice is logged once.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"expected backend out of {', '.join(BACKENDS)}, got {backend!r}")
     name, why_not = backend, ""
     if backend == "auto":

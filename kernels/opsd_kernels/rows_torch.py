@@ -4,6 +4,8 @@ Both rows are centred at the student's argmax a, d = (z_s - z_s[a]) - (z_t - z_t
 self-distillation, the small difference of two large logits, is formed before anything is exponentiated. Then
 c = ln(sum p exp(-d)), r = ln p - ln q = d + c, and every value is a sum of terms that cannot be negative:
 reverse sum p r + (q - p), forward -sum q r + (q - p), jsd with x = q - p likewise (sum x = 0 adds nothing).
+Where the teacher is APART, d and c around a would be huge on columns that both sides share, and r their small
+difference: there the teacher is centred at its own maximum.
 
 Whatever is reduced over a row goes through Columns: the rows here may be slices of longer ones (rows_parallel.py).
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from opsd_kernels.chunking import MIB
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.rows import RowOutputs
+from opsd_kernels.rows import APART, RowOutputs
 
 NAME = "torch"
 SLAB = 1 << 18  # elements handled at once: bounds the temporaries, yet few enough slabs for torch's threads
@@ -103,7 +105,7 @@ class Centred(NamedTuple):
     d: Tensor  # (n, V) s - t, to its own precision
     s_at: Tensor  # (n, 1) what was subtracted
     t_at: Tensor  # (n, 1)
-    excluded: Tensor  # (n, 1) the teacher excludes a (-inf); then it is centred at its own maximum
+    apart: Tensor  # (n, 1) the teacher is centred at its own maximum
 
 
 def centred(rows: Rows, inverse: float, columns: Columns = WHOLE) -> Centred:
@@ -111,13 +113,13 @@ def centred(rows: Rows, inverse: float, columns: Columns = WHOLE) -> Centred:
     top = z_s.argmax(dim=-1, keepdim=True)
     teacher_top = columns.max(z_s - second if is_delta else second)
     z_top, second_top = columns.centre(z_s.gather(1, top), second.gather(1, top))
-    excluded = (z_top - second_top if is_delta else second_top) == -torch.inf
-    second_top = torch.where(excluded, z_top - teacher_top if is_delta else teacher_top, second_top)
+    apart = (teacher_top - (z_top - second_top if is_delta else second_top)) * inverse > APART
+    second_top = torch.where(apart, z_top - teacher_top if is_delta else teacher_top, second_top)
     student, other = z_s - z_top, second - second_top
     t_at = (z_top - second_top if is_delta else second_top) * inverse
     d = (other if is_delta else student - other) * inverse
     t = (student - other if is_delta else other) * inverse
-    return Centred(student * inverse, t, d, z_top * inverse, t_at, excluded)
+    return Centred(student * inverse, t, d, z_top * inverse, t_at, apart)
 
 
 def slab(
@@ -129,17 +131,17 @@ def slab(
     tokens: Tensor | None,  # (n,)
     columns: Columns = WHOLE,
 ) -> None:
-    s, t, d, s_at, t_at, excluded = centred(rows, 1.0 / divergence.temperature, columns)
+    s, t, d, s_at, t_at, apart = centred(rows, 1.0 / divergence.temperature, columns)
     t_max = columns.max(t)
     t_low = t - t_max
     e_s, e_t = s.exp(), t_low.exp()
     # sum of exp(t) - exp(s): expm1 where the two are close, their plain difference where expm1 could overflow
-    difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.clamp(max=30).exp() - e_s)
+    difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.exp() - e_s)
     *sampled, owned = _sampled(tokens, columns, s, t_low)
-    sum_s, sum_t, apart, at_s, at_t, logit_s, logit_t, known = columns.sum(
+    sum_s, sum_t, excess, at_s, at_t, logit_s, logit_t, known = columns.sum(
         *(e_s, e_t, difference, times(e_s, s), times(e_t, t_low)), *sampled, owned
     )
-    out["top1_agreement"].copy_(((t_max <= 0) & ~excluded)[:, 0])
+    out["top1_agreement"].copy_(((t_max <= 0) & ~apart)[:, 0])
     for side, total, weighted, centre, logit in (
         ("student", sum_s, at_s, s_at, logit_s),
         ("teacher", sum_t, at_t, t_at + t_max, logit_t),
@@ -149,8 +151,7 @@ def slab(
         log_p = torch.where(known > 0, logit - total.log(), torch.nan)[:, 0]
         out[f"{side}_logprob"].copy_(torch.zeros_like(log_p) if tokens is None else log_p.masked_fill(tokens < 0, 0))
 
-    near = torch.log1p(apart / sum_s)
-    r = d + torch.where(t_max < 30, near, t_max + (sum_t / sum_s).log())
+    r = d + torch.log1p(excess / sum_s)
     p, q = e_s / sum_s, e_t / sum_t
     x = torch.where(r.abs() <= 1, p * torch.expm1(-r), q - p)  # q - p
     limit = math.inf if divergence.clip is None else divergence.clip

@@ -15,6 +15,11 @@ def is_whole(x: object) -> bool:
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
+def check_flag(name: str, x: object) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"expected a bool {name}, got {x!r}")
+
+
 def check_between(name: str, x: float, least: float = LEAST, most: float = MOST) -> None:
     if not is_number(x) or not least <= x <= most:
         raise ValueError(f"expected {name} as a number from {least:g} to {most:g}, got {x!r}")

@@ -40,14 +40,14 @@ def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.
 def _by_products(parts, tokens, out, row, out_stride, vocab, centre, sums, student, teacher, inverse_t,
                  delta: tl.constexpr, splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """Everything but the value into out (RESULTS, n)."""
-    top, ref, peak, excluded = centre
+    top, ref, peak, apart = centre
     log_student, log_teacher = tl.log(student), tl.log(teacher)
     mine = out + row
     tl.store(mine + STUDENT_ENTROPY * out_stride, log_student - sums[5] / student)
     tl.store(mine + TEACHER_ENTROPY * out_stride, log_teacher - sums[6] / teacher)
     tl.store(mine + STUDENT_LSE * out_stride, top * inverse_t + log_student)
     tl.store(mine + TEACHER_LSE * out_stride, ((top - ref if delta else ref) + peak) * inverse_t + log_teacher)
-    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where((excluded == 0.0) & (peak <= 0.0), 1.0, 0.0))
+    tl.store(mine + TOP1_AGREEMENT * out_stride, tl.where((apart == 0.0) & (peak <= 0.0), 1.0, 0.0))
     log_p, log_q = peak * 0.0, peak * 0.0
     if tokens is not None:
         token = tl.load(tokens + row)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.triton_math import exp_remainder, times
-from opsd_kernels.triton_sums import FORWARD_KL, REVERSE_KL, SUMS, TOKEN, moved, peak, teacher_at
+from opsd_kernels.triton_sums import FORWARD_KL, REVERSE_KL, SUMS, TOKEN, moved, peak, settled
 
 
 @triton.jit
@@ -60,19 +60,17 @@ def _terms(s, t, d, e_s, e_t, unit, kind: tl.constexpr):
 
 
 @triton.jit
-def _raised(state, x, y, teacher, column, second, delta: tl.constexpr):
-    """The state (top, ref, teacher_top, excluded) after a tile: at the greatest student logit so far."""
-    top, ref, teacher_top, excluded = state
+def _raised(state, x, y, teacher, column, second, inverse_t, delta: tl.constexpr):
+    """The state (top, ref, teacher_top, apart) after a tile: at the greatest student logit so far."""
+    top, ref, teacher_top, apart = state
     best = tl.max(x, 0)
     teacher_best = tl.maximum(teacher_top, tl.max(teacher, 0))
     rises = best > top
     a = tl.min(tl.where(x == best, column, 2147483647), 0)
     at = tl.load(second + a, mask=rises, other=0.0)
     best = tl.where(rises, best, top)
-    out = (at == float("inf") if delta else at == float("-inf")).to(tl.float32)
-    excluded = tl.where(rises, out, excluded)
-    ref = tl.where(rises, at, ref)
-    return best, tl.where(excluded > 0.0, teacher_at(best, teacher_best, delta), ref), teacher_best, excluded
+    ref, apart = tl.where(rises, at, ref), tl.where(rises, 0.0, apart)
+    return settled(best, ref, teacher_best, apart, inverse_t, delta)
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind
         teacher = tl.where(column < end, x - y, float("-inf")) if delta else y
         higher = (x > state[0]) | (teacher > state[2])
         if tl.max(higher.to(tl.int32), 0) > 0:
-            new = _raised(state, x, y, teacher, column, second + row * stride, delta)
+            new = _raised(state, x, y, teacher, column, second + row * stride, inverse_t, delta)
             sums = moved(sums, state, new, inverse_t, kind, delta)
             state = new
         centre = (tl.where(state[0] == float("-inf"), 0.0, state[0]), state[1], peak(state, delta))

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton: sums of one part of a row around its own centre, moved to another, and merged over the row.
 
-A centre is the state (top, ref, teacher_top, excluded): the greatest student logit so far, at a; second[a]; the
-greatest teacher logit; and 1 where the teacher excludes a (-inf), or nothing was seen. Then ref stands for the
-teacher's own maximum instead, and d is infinite at a. Around it, with k(x) = exp(-x) - 1 + x:
+A centre is the state (top, ref, teacher_top, apart): the greatest student logit so far, at a; second[a]; the greatest
+teacher logit; and 1 where that is APART from the teacher's logit at a, -inf say, or nothing was seen. Then ref stands
+for the teacher's own maximum instead. Around it, with k(x) = exp(-x) - 1 + x:
 
     s = (z_s - top) / T,   t = (z_t - z_t[a]) / T,   d = s - t,   t_max = max t = peak / T
 
@@ -25,11 +25,13 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.divergence import KINDS
+from opsd_kernels.rows import APART as APART_
 from opsd_kernels.triton_math import exp_remainder, ln_one_plus, log_remainder, times
 
 REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
 JSD = tl.constexpr(KINDS.index("jsd"))
+APART = tl.constexpr(APART_)
 # Partial results of a program, each `splits` floats apart in (rows, PARTS, splits):
 # 0-3 state, 4-10 sums, 11-16 terms, 17-18 logits of the sampled token (first program only)
 PARTS = 19
@@ -51,10 +53,18 @@ def teacher_at(top, teacher_top, delta: tl.constexpr):
 
 
 @triton.jit
+def settled(top, ref, teacher_top, apart, inverse_t, delta: tl.constexpr):
+    """The state; ref counts where apart is 0."""
+    here = finite(top) - ref if delta else ref
+    apart = tl.where((teacher_top - here) * inverse_t <= APART, apart, 1.0)  # 1 of a teacher that is all -inf
+    return top, tl.where(apart > 0.0, teacher_at(top, teacher_top, delta), ref), teacher_top, apart
+
+
+@triton.jit
 def peak(state, delta: tl.constexpr):
     """t_max before the temperature: subtracted there, the greatest t - t_max is 0, whatever is fused."""
-    top, ref, teacher_top, excluded = state
-    return tl.where(excluded > 0.0, 0.0, teacher_top - (finite(top) - ref if delta else ref))
+    top, ref, teacher_top, apart = state
+    return tl.where(apart > 0.0, 0.0, teacher_top - (finite(top) - ref if delta else ref))
 
 
 @triton.jit
@@ -106,7 +116,7 @@ def total(parts, row, i, splits: tl.constexpr, count: tl.constexpr):
 @triton.jit
 def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits: tl.constexpr,
           count: tl.constexpr):  # fmt: skip
-    """Centre (top, ref, peak, excluded) and sums of a whole row."""
+    """Centre (top, ref, peak, apart) and sums of a whole row."""
     old = (
         _part(parts, row, 0, splits, count),
         _part(parts, row, 1, splits, count),
@@ -116,10 +126,8 @@ def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits
     lane = tl.arange(0, splits)
     top, teacher_top = tl.max(old[0], 0), tl.max(old[2], 0)
     first = lane == tl.min(tl.where(old[0] == top, lane, splits - 1), 0)
-    excluded = tl.sum(tl.where(first, old[3], 0.0), 0)
-    ref = tl.sum(tl.where(first, old[1], 0.0), 0)
-    ref = tl.where(excluded > 0.0, teacher_at(top, teacher_top, delta), ref)
-    new = (top, ref, teacher_top, excluded)
+    apart = tl.sum(tl.where(first, old[3], 0.0), 0)
+    new = settled(top, tl.sum(tl.where(first, old[1], 0.0), 0), teacher_top, apart, inverse_t, delta)
     sums = (
         _part(parts, row, SUMS, splits, count),
         _part(parts, row, SUMS + 1, splits, count),
@@ -132,7 +140,7 @@ def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits
     s = moved(sums, old, new, inverse_t, kind, delta)
     sums = (tl.sum(s[0], 0), tl.sum(s[1], 0), tl.sum(s[2], 0), tl.sum(s[3], 0), tl.sum(s[4], 0), tl.sum(s[5], 0),
             tl.sum(s[6], 0))  # fmt: skip
-    return (finite(top), ref, peak(new, delta), excluded), sums
+    return (finite(top), new[1], peak(new, delta), new[3]), sums
 
 
 @triton.jit
@@ -141,10 +149,10 @@ def normalisers(sums, t_max, kind: tl.constexpr):
     near, far_student, growth, far_teacher, moment = sums[0], sums[1], sums[2], sums[3], sums[4]
     unit = tl.exp(-t_max)
     student = near + far_student
-    far = far_teacher * tl.exp(tl.minimum(t_max, 30.0)) - far_student
+    far = far_teacher * tl.exp(t_max) - far_student
     ratio = (growth + far) / student  # Q / S - 1
     teacher = unit * (near + growth) + far_teacher
-    c = tl.where(t_max < 30.0, ln_one_plus(ratio), t_max + tl.log(teacher / student))
+    c = ln_one_plus(ratio)
     # where Q is close to S, first-order terms are cancelled before they are summed
     close = tl.abs(ratio) <= 0.25
     value = c * 0.0

@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 
 def test_interpreter_passes_the_same_tests():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
-    files = [str(HERE / name) for name in ("test_accuracy.py", "test_rows.py", "test_moving_centre.py", "test_op.py")]
+    names = ("test_accuracy.py", "test_rows.py", "test_moving_centre.py", "test_op.py", "test_temperatures.py")
+    files = [str(HERE / name) for name in names]
     # a program takes a tenth of a second there: only what depends on the row kernel
     elsewhere = (
         "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits or nothing_reaches"

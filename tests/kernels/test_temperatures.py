@@ -1,0 +1,70 @@
+"""Low temperatures: what the rows lose of given fp32 logits, beyond the rounding of the logits themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels import cases
+from tests.kernels.test_rows import by_products, run, truth
+
+WIDTH = 300 if cases.INTERPRETED else 1200
+TEMPERATURES = [1e-3] if cases.INTERPRETED else [1e-2, 1e-3, 1e-4]
+SHARED = slice(20, 60)  # columns that both sides have mass on
+GAP = 10.0  # about so far is a student's usual logit from its maximum
+every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
+every_kind = pytest.mark.parametrize("kind", cases.ALL)
+
+
+def rows(temperature):
+    """(2, WIDTH) student and teacher logits: a, the student's maximum, is nothing to the teacher, who holds half of the
+    student's likely columns likely, and in the second row others as well."""
+    g = torch.Generator().manual_seed(5)
+    z_s = 3 * torch.randn(2, WIDTH, generator=g)
+    likely, noise = torch.randn(2, 40, generator=g), torch.randn(2, WIDTH, generator=g)
+    z_s[:, SHARED] = z_s.amax(1, keepdim=True) + 1 + 2 * temperature * likely
+    z_t = z_s + 2 * temperature * noise
+    z_s[:, 20] = z_s.amax(1) + temperature
+    z_t[:, 20:40] -= 1.3
+    z_t[1, 100:110] = z_t[1, 40:60].amax() + temperature * likely[1, :10]
+    return z_s, z_t
+
+
+def errors(found, gradient, out, expected):
+    """Relative ones of every row."""
+    value = (out["value"].double() - expected).abs() / expected
+    return value, (found.double() - gradient).norm(dim=1) / gradient.norm(dim=1)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_teacher_that_excludes_a_costs_no_digits(backend, kind, temperature):
+    z_s, z_t = rows(temperature)
+    divergence = replace(cases.ALL[kind], temperature=temperature)
+    expected, gradient, _ = truth(z_s, z_t, False, divergence)
+    tokens = torch.tensor([20, 105])
+    out, found = run(backend, z_s, z_t, False, divergence, tokens=tokens)
+    value, slope = errors(found, gradient * temperature, out, expected)
+    assert value.max() <= 1e-6, value
+    # p (r - KL) of a huge r and a huge KL; the native rows form their difference first
+    lossy = kind == "reverse_kl" and backend != "native"
+    assert slope.max() <= (3e-5 if lossy else 2e-6), slope
+    for name, truly in by_products(z_s.double(), z_t.double(), divergence, tokens).items():
+        torch.testing.assert_close(out[name].double(), truly, rtol=1e-6, atol=3e-6)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_of_a_difference_the_students_gap_is_rounded(backend, kind, temperature):
+    """As Divergence states: a teacher given as z_s - delta is exact to 1.2e-7 of the student's gap over T."""
+    z_s, z_t = rows(temperature)
+    divergence = replace(cases.ALL[kind], temperature=temperature)
+    delta = z_s - z_t
+    expected, gradient, _ = truth(z_s, delta, True, divergence)
+    out, found = run(backend, z_s, delta, True, divergence)
+    value, slope = errors(found, gradient * temperature, out, expected)
+    allowed = torch.tensor([2e-6, 2e-6 + 1.2e-7 * GAP / temperature])  # in the first row they share all
+    assert (value <= allowed).all(), value
+    assert (slope <= allowed + (3e-5 if kind == "reverse_kl" and backend != "native" else 0)).all(), slope

@@ -75,7 +75,7 @@ def _check_head(name: str, head: Head) -> None:
 
 
 def _check_bias(name: str, bias: Tensor, rows: int, device: torch.device) -> None:
-    _check_tensor(name, bias)
+    check_tensor(name, bias)
     if tuple(bias.shape) != (rows,) or bias.dtype not in DTYPES or bias.device != device:
         raise ValueError(
             f"expected {name} of shape ({rows},), floating-point and on {device}, "
@@ -91,13 +91,13 @@ def _check_vocabularies(head: Head, teacher_head: Head) -> None:
         raise ValueError(f"expected teacher_head with the vocabulary of head, {vocab}, got {found}")
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
+def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"expected {name} as a tensor, got {type(x).__name__}")
 
 
 def _check_matrix(name: str, tensor: Tensor) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
         _check_gathered(name, tensor)
     if tensor.dim() != 2:
@@ -129,7 +129,7 @@ def _check_pair(hidden_name: str, hidden: Tensor, head_name: str, head: Tensor) 
 
 
 def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
-    _check_tensor("token_weights", weights)
+    check_tensor("token_weights", weights)
     n = student_hidden.shape[0]
     if tuple(weights.shape) != (n,):
         raise ValueError(f"expected token_weights of shape ({n},), got {tuple(weights.shape)}")
@@ -142,7 +142,7 @@ def _check_weights(weights: Tensor, student_hidden: Tensor) -> None:
 
 
 def _check_tokens(tokens: Tensor, student_hidden: Tensor) -> None:
-    _check_tensor("tokens", tokens)
+    check_tensor("tokens", tokens)
     n = student_hidden.shape[0]
     if tuple(tokens.shape) != (n,) or tokens.dtype != torch.int64:
         raise ValueError(f"expected tokens of shape ({n},) in int64, got {tuple(tokens.shape)} in {tokens.dtype}")

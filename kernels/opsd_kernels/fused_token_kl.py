@@ -23,6 +23,7 @@ from opsd_kernels.compiled import Settings, token_kl
 from opsd_kernels.divergence import Divergence
 from opsd_kernels.heads import Head
 from opsd_kernels.rows import RowOutputs, row_kernel
+from opsd_kernels.scalars import check_flag
 from opsd_kernels.stats import TokenStats
 from opsd_kernels.sweep import Operands
 
@@ -91,7 +92,8 @@ def fused_token_kl(
     a second pass in backward, and so is a second backward through a retained graph; without retain_graph gradients are
     scaled in place, and a second backward raises. Uniform is recognised by stride 0 (and on CPU by value). Double
     backward raises.
-    Under torch.compile the call is one node, opsd::fused_token_kl; autocast does not touch it.
+    Under torch.compile the call is one node, opsd::fused_token_kl; autocast does not touch it. Beside a trained head
+    its operands must then be none of torch.inference_mode, which autograd does not keep: ValueError.
 
     Heads. A tensor is a plain weight; Head (heads.py) adds a bias, a scale, a softcap, and padding to skip. Where both
     sides are the same linear function at the same temperature (teacher_head None, or a view of the same memory),
@@ -124,6 +126,8 @@ def fused_token_kl(
     check_operands(student_hidden, student, teacher_hidden, teacher, token_weights, tokens)
     check_divergence(divergence, student, teacher)
     check_workspace(workspace_mib)
+    check_flag("return_stats", return_stats)
+    check_flag("check_finite", check_finite)
     if check_finite and torch.compiler.is_compiling():
         raise ValueError("expected check_finite=False under torch.compile (it reads values on the host), got True")
     if check_finite:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from opsd_kernels.heads import Head
+from opsd_kernels.scalars import check_flag
 
 
 @contextmanager
@@ -32,9 +33,12 @@ def full_head(head: Tensor | Head, *, dtype: torch.dtype | None = None, mean: bo
     since its gradients are formed in the forward.
     A plain tensor is handed on; so is a parameter that FSDP2 has gathered for the module that is running.
 
-    Raises ValueError for a ZeRO-3 parameter where deepspeed cannot be imported.
+    Raises ValueError for what is no head, dtype or bool, and for a ZeRO-3 parameter where deepspeed cannot be imported.
     """
     head = Head.of(head)
+    check_flag("mean", mean)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected a torch.dtype or None, got {dtype!r}")
     partitioned = [x for x in (head.weight, head.bias) if x is not None and hasattr(x, "ds_id")]
     with _gathered(partitioned) if partitioned else nullcontext():
         bias = None if head.bias is None else _whole(head.bias, dtype, mean)

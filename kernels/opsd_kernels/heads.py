@@ -12,6 +12,7 @@ A head in slices (vocabulary parallel, as Megatron shards its output layer): ran
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,10 @@ class VocabShard:
         if not hasattr(self.group, "rank"):
             raise ValueError(f"expected a process group (torch.distributed.group.WORLD, say), got {self.group!r}")
         ranks, sizes = self.group.size(), self.sizes
-        if sizes is not None and (len(sizes) != ranks or not all(is_whole(size) and size > 0 for size in sizes)):
-            raise ValueError(f"expected {ranks} positive sizes, one per rank of the group, got {self.sizes}")
+        if sizes is not None and not (
+            isinstance(sizes, Sequence) and len(sizes) == ranks and all(is_whole(size) and size > 0 for size in sizes)
+        ):
+            raise ValueError(f"expected {ranks} positive sizes, one per rank of the group, got {sizes!r}")
 
     def with_sizes(self, rows: int, valid_vocab: int | None = None) -> VocabShard:
         """With sizes, given this rank's rows, and without those from valid_vocab on."""
@@ -133,10 +136,10 @@ class Head:
         if self.bias is not None:
             z.add_(self.bias)
         if self.softcap is not None:
-            z.mul_(self.scale / self.softcap).tanh_()
+            z.mul_(float(self.scale / self.softcap)).tanh_()
             if slope is not None:
                 torch.mul(z, z, out=slope).neg_().add_(1)
-            z.mul_(self.softcap)
+            z.mul_(float(self.softcap))
 
     def scratch_elements(self, budget: int) -> int:
         """fp32 elements of the widened block: none, all of it, or what the budget holds (one row at least)."""

@@ -36,7 +36,7 @@ class Operands:
     def inverse_temperatures(self) -> tuple[float, float]:
         """Factors of the student's and the teacher's products, or logits after a softcap."""
         student, teacher = self.divergence.temperatures
-        return self.head.factor / student, self.teacher_head.factor / teacher
+        return float(self.head.factor / student), float(self.teacher_head.factor / teacher)
 
     @property
     def is_remote(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd_kernels import Divergence, Head, fused_token_kl
+from opsd_kernels.checks import check_tensor
 
 # Attributes of a config by which a family changes its logits: c * tanh(logits / c), after a scale.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -30,10 +31,13 @@ SCALES = {
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside DistributedDataParallel and peft wrappers."""
+    """The transformers model inside DistributedDataParallel and peft wrappers. Raises ValueError without one."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"expected a model of transformers, got {type(model).__name__}")
+    return model
 
 
 @contextmanager
@@ -113,6 +117,8 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:  # (B, S, D)
 
 def response_rows(hidden: Tensor, mask: Tensor) -> Tensor:  # (B, S, D), (B, S) bool -> (N, D)
     """The rows that predict the tokens under the mask: position t - 1 for token t. Waits for the device once."""
+    check_tensor("the hidden states", hidden)
+    check_tensor("the mask", mask)
     if tuple(mask.shape) != tuple(hidden.shape[:2]):
         raise ValueError(f"expected a mask of shape {tuple(hidden.shape[:2])}, got {tuple(mask.shape)}")
     return hidden[:, :-1][mask[:, 1:].bool()]
@@ -144,12 +150,18 @@ def distillation_loss(
 
 
 def matched(
-    student_hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head
+    student_hidden: Tensor, head: Tensor | Head, teacher_hidden: Tensor, teacher_head: Tensor | Head
 ) -> tuple[Tensor, Head, Tensor, Head | None]:
     """The operands of fused_token_kl with one dtype per side: autocast's where it is on, else that of the head.
 
-    A shared head stays shared: its cast is made once.
+    A shared head stays shared: its cast is made once. Raises ValueError for what is no tensor.
     """
+    head, teacher_head = Head.of(head), Head.of(teacher_head)
+    for side, hidden, one in (("student", student_hidden, head), ("teacher", teacher_hidden, teacher_head)):
+        check_tensor(f"the {side}'s hidden states", hidden)
+        check_tensor(f"the {side}'s head", one.weight)
+        if one.bias is not None:
+            check_tensor(f"the bias of the {side}'s head", one.bias)
     device = student_hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     student = head.to(dtype or head.weight.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from opsd.integrations.conventions import divergence_of
 from opsd.integrations.hf import matched
 from opsd_kernels import Head, fused_token_kl
+from opsd_kernels.checks import check_tensor
 
 
 class FusedLinearJSD(torch.nn.Module):
@@ -44,7 +45,10 @@ class FusedLinearJSD(torch.nn.Module):
         teacher_weight: Tensor,  # (V, E)
         shift_labels: Tensor | None = None,  # (N,)
     ) -> Tensor:  # scalar, fp32
-        n = student_input.shape[0]
+        operands = matched(student_input, Head(student_weight), teacher_input, Head(teacher_weight))
+        n = student_input.shape[:1].numel()
+        if shift_labels is not None:
+            check_tensor("shift_labels", shift_labels)
         if shift_labels is None:
             weights = torch.full((n,), 1 / max(n, 1), dtype=torch.float32, device=student_input.device)
         elif shift_labels.shape != (n,):
@@ -52,5 +56,4 @@ class FusedLinearJSD(torch.nn.Module):
         else:
             counted = (shift_labels != self.ignore_index).float()
             weights = counted / counted.sum().clamp(min=1)
-        operands = matched(student_input, Head(student_weight), teacher_input, Head(teacher_weight))
         return fused_token_kl(*operands, divergence=self.divergence, token_weights=weights).sum()

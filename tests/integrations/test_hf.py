@@ -199,3 +199,8 @@ def test_what_the_loss_cannot_honour_is_refused():
         distillation_loss(llama(), inputs, mask, inputs, fewer)
     with pytest.raises(ValueError, match=r"expected a mask of shape \(2, 9\), got \(2, 8\)"):
         distillation_loss(llama(), inputs, mask[:, 1:], inputs, mask)
+    with pytest.raises(ValueError, match="expected the mask as a tensor, got list"):
+        distillation_loss(llama(), inputs, mask.tolist(), inputs, mask)
+    for found in (None, "llama"):
+        with pytest.raises(ValueError, match=f"expected a model of transformers, got {type(found).__name__}"):
+            output_head(found)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,14 @@ def test_bad_input():
         FusedLinearJSD(temperature=0)
     with pytest.raises(ValueError, match=r"expected shift_labels of shape \(21,\), got \(20,\)"):
         FusedLinearJSD()(*operands()[:4], operands()[4][1:])
+    for found in (None, "0.5", [0.5], torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"expected beta in \[0, 1\], got"):
+            FusedLinearJSD(found)
+    names = ("student's hidden", "student's head", "teacher's hidden", "teacher's head", "shift_labels")
+    for i, name in enumerate(names):
+        for found in ([1.0], np.ones(3)):
+            with pytest.raises(ValueError, match=f"expected .*{name}.* as a tensor, got {type(found).__name__}"):
+                FusedLinearJSD()(*operands()[:i], found, *operands()[i + 1 :])
 
 
 def real_class():

@@ -1,12 +1,14 @@
 """What fused_token_kl, Divergence and Head refuse, and how they say it; what lies at the bounds is computed."""
 
 import logging
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from opsd_kernels import Divergence, Head, TopK, VocabShard, fused_token_kl, rows
+from opsd_kernels.gather import full_head
 from opsd_kernels.reference import dense_token_kl
 from tests.kernels import cases
 
@@ -90,6 +92,21 @@ def test_no_size_of_a_workspace(found):
         call(workspace_mib=found)
 
 
+class Group:
+    """What a VocabShard asks of a process group."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 2
+
+
+def gathered(**options):
+    with full_head(INPUTS.head, **options) as head:
+        return head
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -107,6 +124,17 @@ def test_no_size_of_a_workspace(found):
         (lambda: Head(INPUTS.head, valid_vocab=True), "expected a whole valid_vocab or None, got True"),
         (lambda: Head(INPUTS.head, shard=2), "expected shard as a VocabShard or None, got int"),
         (lambda: VocabShard(None), "expected a process group .*, got None"),
+        (lambda: VocabShard(Group(), 5), "expected 2 positive sizes, one per rank of the group, got 5"),
+        (lambda: VocabShard(Group(), (5,)), r"expected 2 positive sizes, one per rank of the group, got \(5,\)"),
+        (lambda: VocabShard(Group(), "12"), "expected 2 positive sizes, one per rank of the group, got '12'"),
+        (lambda: Divergence(np.ones(2)), "expected a divergence kind out of"),
+        (lambda: Divergence(beta=None), "expected beta of jsd as a number .*, got None"),
+        (lambda: TopK(5, of=np.ones(2)), "expected TopK of student or teacher, got array"),
+        (lambda: call(backend=np.ones(2)), "expected backend out of auto, .*, got array"),
+        (lambda: call(return_stats="no"), "expected a bool return_stats, got 'no'"),
+        (lambda: call(check_finite=torch.tensor(True)), "expected a bool check_finite, got tensor"),
+        (lambda: gathered(dtype="fp32"), "expected a torch.dtype or None, got 'fp32'"),
+        (lambda: gathered(mean=1), "expected a bool mean, got 1"),
     ],
 )
 def test_bad_settings(make, message):
@@ -128,6 +156,11 @@ def test_numbers_of_numpy_are_numbers():
     head = Head(INPUTS.head, scale=np.float32(1), valid_vocab=np.int64(cases.V))
     found = call(head=head, divergence=divergence, workspace_mib=np.int64(600))
     assert torch.equal(found, call(divergence=Divergence("jsd", clip=0.5, support=TopK(9))))
+    for number in (np.float64(0.5), np.float32(0.5), Fraction(1, 2)):  # and one that the sides do not share
+        for other in ({"scale": number}, {"scale": number, "softcap": 20 * number}):
+            plain = {name: float(x) for name, x in other.items()}
+            found, expected = (call(head=Head(INPUTS.head, **x), teacher_head=INPUTS.head) for x in (other, plain))
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", cases.BACKENDS)

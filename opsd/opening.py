@@ -30,6 +30,7 @@ from opsd.prompts import PromptBuilder
 from opsd.resume import alone, open_directory, start_from
 from opsd.rollout import Rollouts
 from opsd.run import Run
+from opsd.sampling import Sampling
 from opsd.say import say_once
 from opsd.served import ServedRollouts
 from opsd.shelf import Shelf
@@ -110,12 +111,15 @@ def _build(config: Config, directory: RunDir, resume: bool, world: World) -> Run
         checkpoint.restore(last, optimizer, teacher)
     start = last.step if last is not None else 0
     budget = _budget(config, directory, model, train, prompts, world)
+    rollouts = _rollouts(config, model, directory, world, budget)
+    if isinstance(rollouts, ServedRollouts):
+        rollouts.check(prompts.student(train[0]), Sampling.of(config.rollout))
     return Run(
         train,
         held_out,
         prompts,
         model,
-        _rollouts(config, model, directory, world, budget),
+        rollouts,
         teacher,
         _teacher_cache(config, model),
         optimizer,

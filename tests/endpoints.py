@@ -32,7 +32,8 @@ def completion(text: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
 
 
 class Endpoint(ThreadingHTTPServer):
-    """`script` holds what the next requests get: (status, headers, body). When it is empty, `reply` answers.
+    """`script` holds what the next requests get: (status, headers, body). When it is empty, `reply` answers with such
+    a triple, or with a body alone.
 
     seen: (path, headers, body) of every request.
     """
@@ -57,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.seen.append((self.path, dict(self.headers), body))
-        status, headers, said = self.server.script.pop(0) if self.server.script else (200, {}, self.server.reply(body))
+        answer = self.server.script.pop(0) if self.server.script else self.server.reply(body)
+        status, headers, said = answer if isinstance(answer, tuple) else (200, {}, answer)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -95,7 +95,7 @@ class ServedRollouts:
     def _gap(self, prompt: Prompt, sampling: Sampling) -> float:
         """Mean |log-probability there - here| of tokens that the server draws, the largest of all processes; infinite
         where we do not even have one of them."""
-        before, model, gap = replace(self.model.tokens), self.model, math.inf
+        model, gap = self.model, math.inf
         theirs = self([prompt], sampling, [0])
         if int(theirs.tokens.max()) < len(model.head.weight):
             with torch.no_grad(), model.mode(train=False), model.gathered():
@@ -103,7 +103,7 @@ class ServedRollouts:
                 logprobs = logits_of(hidden, model.head).log_softmax(-1)
             ours = logprobs.gather(1, theirs.packed_tokens[:, None])[:, 0]
             gap = (ours - theirs.packed_logprobs).abs().mean().item()
-        model.tokens = before
+        model.tokens.take()  # these are no step's
         return self.world.largest(gap)
 
     def _clear(self) -> None:

@@ -125,6 +125,7 @@ def test_a_run_with_a_server_is_the_run_without(tmp_path, server, more):
 def test_answers_lie_in_their_order_with_their_logprobs(tmp_path, server):
     sampling, seeds = Sampling(4, 8), [5, 6, 7]
     with open_run(text_job(tmp_path, *LORA, f"rollout.server={server.url}")) as run:
+        assert run.model.tokens.computed == 0  # those of the server's trial are no step's
         prompts = [run.prompts.student(row) for row in run.train[:3]]
         found = run.rollouts(prompts, sampling, seeds)
     want = rollout(run.model, prompts, sampling, seeds)
@@ -229,7 +230,12 @@ def test_answers_of_a_server_that_goes_down_are_asked_for_again(tmp_path, server
         prompts = [run.prompts.student(run.train[0])]
         want = run.rollouts(prompts, Sampling(3, 8), [5])
         reasons = iter(["abort"])
-        server.mimic.spoil = lambda choice: choice.update(finish_reason=next(reasons, choice["finish_reason"]))
+
+        def abort_one(choice):
+            for choice["finish_reason"] in reasons:
+                choice["token_ids"], choice["logprobs"] = choice["token_ids"][:1], {"token_logprobs": [-1.0]}
+
+        server.mimic.spoil = abort_one
         found = run.rollouts(prompts, Sampling(3, 8), [5])
     assert next(reasons, None) is None
     assert torch.equal(found.tokens, want.tokens)

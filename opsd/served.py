@@ -153,6 +153,7 @@ class ServedRollouts:
             return self.client.post(path, body, read)
         except RefusedError as error:
             where = f"{self.client.endpoint.url.rstrip('/')}/{path}"
+            expected = _ANSWERS if error.status is None else expected
             raise InputError(expected, f"{where}: {error.reason}", field=_FIELD) from error
 
 

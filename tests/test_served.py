@@ -241,6 +241,15 @@ def test_answers_of_a_server_that_goes_down_are_asked_for_again(tmp_path, server
     assert torch.equal(found.tokens, want.tokens)
 
 
+def test_a_server_that_has_gone_is_told_as_such(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("opsd.pace.Clock.sleep", lambda self, seconds: None)
+    config = text_job(tmp_path, *LORA, f"rollout.server={server.url}")
+    with open_run(config) as run:
+        server.reply = lambda body: 1 / 0  # the connection breaks
+        with pytest.raises(InputError, match=r"server that answers.*load_lora_adapter: no reply"):
+            run.rollouts([run.prompts.student(run.train[0])], Sampling(3, 8), [5])
+
+
 def test_full_weights_and_rows_with_media_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"unless model\.adapter is lora"):
         text_job(tmp_path, "rollout.server=http://localhost:1/v1")

@@ -70,6 +70,7 @@ class Passes:
         tokens: Tensor | None,
         launch: Launch,
     ) -> None:
+        assert len(z_s) < 2 or z_s.stride() == z_t.stride(), "the kernels take one stride for both"
         self.names, self.rows = names(divergence), z_s.shape[0]
         self.launch, self.divergence, self.is_delta, self.with_grad = launch, divergence, is_delta, grad is not None
         target = z_s if grad is None else grad

@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 
 def test_interpreter_passes_the_same_tests():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
-    names = ("test_accuracy.py", "test_rows.py", "test_moving_centre.py", "test_op.py", "test_temperatures.py")
-    files = [str(HERE / name) for name in names]
+    names = ("accuracy", "rows", "row_edges", "moving_centre", "op", "temperatures")
+    files = [str(HERE / f"test_{name}.py") for name in names]
     # a program takes a tenth of a second there: only what depends on the row kernel
     elsewhere = (
         "fp16 or bf16 or own_buffer or far or frozen or multiplies or identical_teacher or limits or nothing_reaches"
@@ -65,6 +65,22 @@ def test_compiles_without_spilling(capability, record_property):
             assert not found.obstacle(capability), f"{name} {divided} on sm_{capability}"
 
 
+@pytest.mark.parametrize("name", ["statistics", "terms", "gradient"])
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_compiled_as_the_launch_says(name):
+    """With its warps, loads of 16 bytes, and offsets of rows in 64 bits."""
+    from opsd_kernels.launch import launch_for
+    from opsd_kernels.offline import compile_for
+
+    launch = launch_for(90, 151936, "bfloat16", "jsd")
+    compiled = compile_for(name, launch, Divergence("jsd"), 90)
+    assert compiled.metadata.num_warps == getattr(launch, name).warps
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    ((row, code),) = re.findall(r"(%\w+) = tt.get_program_id x(.*)", compiled.asm["ttir"], re.DOTALL)
+    uses = [line for line in code.splitlines() if re.search(rf"{row}\b", line)]
+    assert uses and all("arith.extsi" in line and "i32 to i64" in line for line in uses), uses
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_a_row_that_spills_or_asks_for_too_much_is_refused():
     from opsd_kernels.launch import Launch, Tile
@@ -89,6 +105,12 @@ def test_launch_table_is_looked_up_by_family_and_prefers_what_is_specific(monkey
     assert look_up(90, 65536, "bfloat16", "reverse_kl") == rows[2]
     assert look_up(90, 65536, "bfloat16", "jsd") == rows[3]
     assert look_up(90, 1000, "float32", "jsd") == rows[4]
+    assert look_up(90, 70000, "bfloat16", "clipped jsd") == rows[2]
+    narrow = [launch.Where(90, gradient="float32"), launch.Where(90, vocab=131072)]  # a divergence says most, then this
+    monkeypatch.setattr(launch, "TABLE", {row: row for row in rows[:4] + narrow})
+    assert look_up(90, 200000, "float32", "jsd") == rows[3]
+    assert look_up(90, 200000, "float32", "reverse_kl") == narrow[0]
+    assert look_up(90, 200000, "bfloat16", "reverse_kl") == narrow[1]
     with pytest.raises(ValueError, match=r"expected compute capability 8\.0 or newer, got 7\.5"):
         look_up(75, 1000, "bfloat16", "jsd")
 

@@ -74,8 +74,9 @@ def leave(status: int) -> NoReturn:
 
     Python would take libraries and model apart first, a million objects: more than a second of an answer of ten.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # the shell may have closed it
+            stream.flush()
     os._exit(status)
 
 

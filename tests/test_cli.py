@@ -114,3 +114,6 @@ def test_leaving_loses_nothing_that_was_printed() -> None:
     code = "import sys; from opsd.cli import leave; print('answer'); print('why', file=sys.stderr); leave(3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "answer\n", "why\n")
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], check=False)
+        assert done.returncode == 3

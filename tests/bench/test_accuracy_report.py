@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from bench import accuracy
 from opsd_kernels import rows_native
@@ -27,16 +28,21 @@ def test_every_line_holds_and_is_kept(tmp_path, capsys):
 
 
 MUTANTS = {
-    "doubled gradient": (lambda value: value + (value - value.detach()), {"dX", "dW"}),
-    "no gradient": (lambda value: value.detach() + 0 * value, {"dX", "dW"}),
-    "shifted value": (lambda value: value - 1e-2, {"least value, below 0 by"}),
+    "doubled gradient": (lambda value, mib: value + (value - value.detach()), {"dX", "dW"}),
+    "no gradient": (lambda value, mib: value.detach() + 0 * value, {"dX", "dW"}),
+    "shifted value": (lambda value, mib: value - 1e-2, {"value", "least value, below 0 by"}),
+    "no number": (lambda value, mib: value * torch.nan, {"value", "dX", "dW", "least value, below 0 by"}),
+    "no number in chunks": (
+        lambda value, mib: value if mib == 512 else value * torch.nan,
+        {"chunks, value", "chunks, dX", "chunks, dW"},
+    ),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_one_is_told(mutant, monkeypatch, capsys):
     right, (change, expected) = accuracy.fused, MUTANTS[mutant]
-    monkeypatch.setattr(accuracy, "fused", lambda *args: lambda *inputs: change(right(*args)(*inputs)))
+    monkeypatch.setattr(accuracy, "fused", lambda *args: lambda *inputs: change(right(*args)(*inputs), args[2]))
     assert accuracy.main(["--backend", BACKEND]) == 1
     failed = {line.split("FAILS ")[1][:27].strip() for line in capsys.readouterr().out.splitlines() if "FAILS" in line}
     assert expected <= failed

@@ -207,6 +207,25 @@ def test_a_server_of_another_model_is_refused(tmp_path, server):
     assert list(kept.iterdir()) == []
 
 
+def test_the_trial_asks_for_no_more_answers_than_a_step(tmp_path, server):
+    """Each of them is a whole sequence of the pass that compares them."""
+    with open_run(text_job(tmp_path, *LORA, "rollout.group_size=1", f"rollout.server={server.url}")):
+        [tried] = [body for path, _, body in server.seen if path.endswith("/completions")]
+    assert tried["n"] == 1
+
+
+def test_a_trial_that_is_interrupted_leaves_no_folder(tmp_path, server, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opsd.served.response_hidden", interrupted)
+    config = text_job(tmp_path, *LORA, f"rollout.server={server.url}")
+    with pytest.raises(KeyboardInterrupt), open_run(config):
+        pass
+    assert len(server.mimic.adapters) == 1
+    assert not config.train.run_dir.exists()
+
+
 def test_a_server_of_a_larger_vocabulary_is_refused(tmp_path, server):
     server.mimic.spoil = lambda choice: choice.update(token_ids=[400] * len(choice["token_ids"]))
     config = text_job(tmp_path, *LORA, f"rollout.server={server.url}")

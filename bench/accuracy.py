@@ -8,9 +8,9 @@ gradients    dX, as a whole and in its median row, and dW. bf16: at most 1.25 ti
              exact gradient of the logits rounded once to bf16, multiplied exactly, and the product rounded. fp32: at
              most 1.25 times the error of eager torch, values and the median row of dW too
 least value  not below 0
-chunks       of fewer tokens change no value by more than 1e-6 or, where that is more, twice what fp32 products put eager
-             torch off by: libraries add in another order for another number of rows, so both values are off by that.
-             Gradients by at most 2e-3
+chunks       of fewer tokens change no value by more than 1e-6 or, where that is more, twice what fp32 products put
+             eager torch off by: libraries add in another order for another number of rows, so both values are off by
+             that. Gradients by at most 2e-3
 again        the same numbers
 
 Exits with 1 if a line does not hold.

@@ -96,8 +96,9 @@ def _others(rows: Centred, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     # sum of exp(t) - exp(s), as in rows_torch.py
     far = (t - s_max.clamp(min=t_max - 30)).exp() - e
     apart = torch.where(rows.d.abs() <= 1, e * torch.expm1(-rows.d), far).sum(-1, keepdim=True)
-    near = (t_max - s_max < 30) & (total > 0)
-    d = torch.where(near, -torch.log1p(apart / total), student - teacher)
+    ratio = apart / total
+    near = (t_max - s_max < 30) & (ratio > -0.9)  # beyond, no digits are left: the sides may be centred far apart
+    d = torch.where(near, -torch.log1p(ratio), student - teacher)
     return student, teacher, torch.where(total + t_total == 0, 0.0, d), e / torch.where(total > 0, total, 1.0)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from opsd_kernels import Divergence, TopK, fused_token_kl
 from opsd_kernels.reference import by_products, token_divergence
+from opsd_kernels.rows import RowOutputs, results_of, row_kernel
 from tests.kernels import cases
 from tests.kernels.test_op import PeakBytes, gradients
 
@@ -186,3 +187,24 @@ def test_more_tokens_than_there_are():
     sides, divergence = (torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 3)), Divergence(support=TopK(6))
     with pytest.raises(ValueError, match="within the vocabulary, 5, got 6"):
         fused_token_kl(*sides, divergence=divergence)
+
+
+@every_backend
+@pytest.mark.parametrize("is_delta", [True, False], ids=["delta", "pair"])
+def test_the_others_of_a_teacher_that_is_sure_of_another_token(backend, is_delta):
+    """Its maximum, kept, is far above all that is shared: of the others both sides still have digits."""
+    g = torch.Generator().manual_seed(6)
+    z_s = 3 * torch.randn(2, 300, generator=g)
+    z_t = z_s + 0.5 * torch.randn(2, 300, generator=g)
+    z_t[:, 7] = z_t.amax(1) + 45
+    divergence = Divergence("reverse_kl", support=TopK(20, tail=True, of="teacher"))
+    second = z_s - z_t if is_delta else z_t
+    out = RowOutputs(torch.full((len(results_of(divergence)), 2), torch.nan))
+    kernel, slope = row_kernel(backend, z_s.device, divergence, None, 512.0), torch.empty_like(z_s)
+    exact = z_s.double().requires_grad_()
+    expected = token_divergence(exact, exact.detach() - second if is_delta else z_t.double(), divergence)
+    expected.sum().backward()
+    kernel.run(z_s.clone(), second.clone(), is_delta, divergence, torch.ones(2), slope, out, None)
+    torch.testing.assert_close(out["value"].double(), expected.detach(), rtol=2e-6, atol=0)
+    allowed = 2e-6 * exact.grad.norm(dim=1) + 1e-7 * expected  # as Divergence states
+    assert ((slope - exact.grad).norm(dim=1) <= allowed).all()

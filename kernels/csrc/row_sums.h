@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t BLOCK = 16 * LANES;  // few enough that what fp32 sums round stays below 2e-7 of a divergence
 constexpr float NO_MASS = -100.0f;     // in place of a centred logit of -inf, whose exponential is 0
 constexpr float LARGEST = 3.4028235e38f;
+constexpr float ROUNDED = 60.0f;       // beyond it the roundings of z_s - z_t over a low temperature have left no digits
 constexpr float APART = 30.0f;  // so far above ln V that around a, where c >= t_max - ln V, c would be the larger one
 
 struct Centre {
@@ -39,8 +40,8 @@ inline Logits logits_at(const float* z_s, const float* second, int64_t count, co
     const Vec student = load(z_s, count, -INFINITY) - centre.z_s;
     const Vec either = load(second, count, DELTA ? 0.0f : -INFINITY);
     const Vec other = either - centre.second, low = either - centre.top;
-    // subtracted first: equal rows give 0 and the teacher's maximum does, whatever is fused
-    return {student * inverse_t, (DELTA ? student - low : low) * inverse_t,
+    // subtracted first: equal rows give 0 and the teacher's maximum does, whatever is fused; of differences but for ROUNDED
+    return {student * inverse_t, DELTA ? at_most((student - low) * inverse_t, ROUNDED) : low * inverse_t,
             (DELTA ? other : student - other) * inverse_t};
 }
 
@@ -162,11 +163,15 @@ struct Statistics {
 Statistics finish(const Sums& sums, const Centre& centre, int kind) {
     Statistics st;
     const double unit = std::exp(-static_cast<double>(centre.t_max));
-    const double difference = unit * (sums.near_difference - sums.far_student) + sums.far_teacher;  // Q - S
-    st.teacher = unit * sums.student + difference;
+    const double student = unit * sums.student;
+    double difference = unit * (sums.near_difference - sums.far_student) + sums.far_teacher;  // Q - S
+    // the maximum alone is 1: nothing of it is ROUNDED, or of a row that is all -inf
+    if (student + difference < std::exp(-ROUNDED) && std::isfinite(centre.top)) difference = 1 - student;
+    st.teacher = student + difference;
     st.teacher_moment = unit * sums.near_moment + sums.far_moment;
-    st.c = centre.t_max < 30.0f ? std::log1p(difference / (unit * sums.student))
-                                : centre.t_max + std::log(st.teacher / sums.student);
+    // else 1 + ratio has next to no digits, or unit is too small
+    const bool fits = centre.t_max < APART && difference > -0.99 * student;
+    st.c = fits ? std::log1p(difference / student) : centre.t_max + std::log(st.teacher / sums.student);
     st.value = 0;
     if (kind == REVERSE_KL)  // sum p d + c, first-order terms cancel in double
         st.value = (sums.near_remainder - sums.near_difference + sums.far_reverse) / sums.student + st.c;

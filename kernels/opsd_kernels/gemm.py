@@ -3,12 +3,22 @@
 fp32 inputs multiply directly. Half inputs on CUDA use a GEMM with fp32 output. Elsewhere, and for fp16 gradients
 (whose range is too small for p * r), half inputs are widened to fp32 block by block of the vocabulary into a scratch
 that belongs to the workspace: exact products, at fp32 GEMM speed.
+
+On a CPU a row of the logits does not depend on the rows beside it, so that no value depends on the workspace. MKL's
+kernels for AVX-512 add in one order from 16 rows on; but several threads choose by the number of rows how a width
+beyond 768 is divided, so that it comes to them in parts, which are small enough to be as exact (bench/NOTES.md).
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+LEAST_ROWS = 16
+WIDTH = 768
+PART = 256
+PADDED_COLUMNS = 2048  # of a product with padded rows: its temporary
 
 
 def needs_widening(head: Tensor) -> bool:
@@ -27,9 +37,14 @@ def widened(head: Tensor, scratch: Tensor | None) -> Iterator[tuple[slice, Tenso
         yield slice(0, head.shape[0]), head
         return
     assert scratch is not None
-    for start in range(0, head.shape[0], scratch.shape[0]):
-        stop = min(start + scratch.shape[0], head.shape[0])
-        yield slice(start, stop), scratch[: stop - start].copy_(head[start:stop])
+    for rows in even_slices(head.shape[0], scratch.shape[0]):
+        yield rows, scratch[: rows.stop - rows.start].copy_(head[rows])
+
+
+def even_slices(size: int, most: int) -> Iterator[slice]:
+    """As few slices of at most so many as there can be, of one length but for rounding."""
+    count = -(-size // most)
+    return (slice(i * size // count, (i + 1) * size // count) for i in range(count))
 
 
 def logits_into(
@@ -44,7 +59,35 @@ def logits_into(
         return
     wide = hidden.float()
     for columns, block in widened(head, scratch):
-        torch.mm(wide, block.mT, out=out[:, columns])
+        _product_into(out[:, columns], wide, block)
+
+
+def padding_bytes(vocab: int, device: torch.device) -> int:
+    """Temporaries of logits_into for a few rows."""
+    return 4 * LEAST_ROWS * min(vocab, PADDED_COLUMNS) if device.type == "cpu" else 0
+
+
+def _product_into(out: Tensor, hidden: Tensor, head: Tensor) -> None:  # (n, V), (n, D), (V, D), fp32
+    rows = hidden.shape[0]
+    if hidden.device.type != "cpu":
+        torch.mm(hidden, head.mT, out=out)
+    elif rows >= LEAST_ROWS:
+        _add_parts(out, hidden, head)
+    else:
+        hidden = pad(hidden, (0, 0, 0, LEAST_ROWS - rows))
+        for columns in even_slices(head.shape[0], PADDED_COLUMNS):
+            part = head[columns]
+            padded = hidden.new_empty(LEAST_ROWS, part.shape[0])
+            _add_parts(padded, hidden, part)
+            out[:, columns] = padded[:rows]
+
+
+def _add_parts(out: Tensor, hidden: Tensor, head: Tensor) -> None:
+    width = hidden.shape[1]
+    step = width if width <= WIDTH or torch.get_num_threads() == 1 else PART
+    for start in range(0, width, step):
+        part = slice(start, start + step)
+        out.addmm_(hidden[:, part], head[:, part].mT, beta=float(start > 0))
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tensor:  # (n, V), (V, D) -> (n, D)

@@ -19,7 +19,7 @@ from opsd_kernels.launch import Launch
 from opsd_kernels.rows_triton import KERNELS, constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {"vocab": "i32", "inverse_t": "fp32", "beta": "fp32", "clip": "fp32", "tokens": "*i64"}
+TYPES = {"vocab": "i32", "inverse_t": "fp32", "furthest": "fp32", "beta": "fp32", "clip": "fp32", "tokens": "*i64"}
 # Shared memory that a program may ask for, KiB: CUDA C++ programming guide, compute capabilities
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 

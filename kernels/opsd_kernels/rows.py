@@ -21,7 +21,15 @@ RESULTS = (
 # A teacher surer of another token than of a by so much is centred at its own maximum, not at a. This is so far above
 # ln V that c, at most ln V around both maxima and t_max - ln V or more around a, is then the smaller one.
 APART = 30.0
+# Not for a reverse KL without a clip, whose gradient p (d - sum p d) lives around a, and whose value is as large as c:
+# there only a teacher that excludes a.
+EXCLUDED = 3.4028235e38
 APPROXIMATED = ("full_divergence", "student_tail_mass", "teacher_tail_mass")  # with a support only
+
+
+def apart_from(divergence: Divergence) -> float:
+    """How far t_max is at most with both sides centred at a."""
+    return EXCLUDED if divergence.kind == "reverse_kl" and divergence.clip is None else APART
 
 
 def results_of(divergence: Divergence) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.rows import RESULTS, RowKernel, RowOutputs
+from opsd_kernels.rows import APART, RESULTS, RowKernel, RowOutputs
 from opsd_kernels.rows_torch import TEMPORARIES, Centred, Rows, centred, slabs, times
 
 
@@ -73,7 +73,7 @@ class Outcomes(NamedTuple):
 def _outcomes(logits: Rows, divergence: Divergence, out: RowOutputs) -> Outcomes:
     support = divergence.support
     assert support is not None
-    rows = centred(logits, 1.0 / divergence.temperature)
+    rows = centred(logits, 1.0 / divergence.temperature, APART)
     chooser = rows.s if support.of == "student" else rows.t
     kept = chooser.topk(support.k, dim=-1).indices
     student, teacher, d, share = _others(rows, kept)

@@ -4,7 +4,7 @@ Both rows are centred at the student's argmax a, d = (z_s - z_s[a]) - (z_t - z_t
 self-distillation, the small difference of two large logits, is formed before anything is exponentiated. Then
 c = ln(sum p exp(-d)), r = ln p - ln q = d + c, and every value is a sum of terms that cannot be negative:
 reverse sum p r + (q - p), forward -sum q r + (q - p), jsd with x = q - p likewise (sum x = 0 adds nothing).
-Where the teacher is APART, d and c around a would be huge on columns that both sides share, and r their small
+Where the teacher is apart, d and c around a would be huge on columns that both sides share, and r their small
 difference: there the teacher is centred at its own maximum.
 
 Whatever is reduced over a row goes through Columns: the rows here may be slices of longer ones (rows_parallel.py).
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opsd_kernels.chunking import MIB
 from opsd_kernels.divergence import Divergence
-from opsd_kernels.rows import APART, RowOutputs
+from opsd_kernels.rows import APART, RowOutputs, apart_from
 
 NAME = "torch"
 SLAB = 1 << 18  # elements handled at once: bounds the temporaries, yet few enough slabs for torch's threads
@@ -103,23 +103,27 @@ class Centred(NamedTuple):
     s: Tensor  # (n, V)
     t: Tensor  # (n, V)
     d: Tensor  # (n, V) s - t, to its own precision
+    t_low: Tensor  # (n, V) t - t_max, to its own precision
+    t_max: Tensor  # (n, 1)
     s_at: Tensor  # (n, 1) what was subtracted
     t_at: Tensor  # (n, 1)
     apart: Tensor  # (n, 1) the teacher is centred at its own maximum
 
 
-def centred(rows: Rows, inverse: float, columns: Columns = WHOLE) -> Centred:
+def centred(rows: Rows, inverse: float, furthest: float, columns: Columns = WHOLE) -> Centred:
     z_s, second, is_delta = rows
     top = z_s.argmax(dim=-1, keepdim=True)
     teacher_top = columns.max(z_s - second if is_delta else second)
     z_top, second_top = columns.centre(z_s.gather(1, top), second.gather(1, top))
-    apart = (teacher_top - (z_top - second_top if is_delta else second_top)) * inverse > APART
+    apart = (teacher_top - (z_top - second_top if is_delta else second_top)) * inverse > furthest
     second_top = torch.where(apart, z_top - teacher_top if is_delta else teacher_top, second_top)
     student, other = z_s - z_top, second - second_top
     t_at = (z_top - second_top if is_delta else second_top) * inverse
     d = (other if is_delta else student - other) * inverse
-    t = (student - other if is_delta else other) * inverse
-    return Centred(student * inverse, t, d, z_top * inverse, t_at, apart)
+    t = student - other if is_delta else other
+    peak = columns.max(t)
+    t_low = (t - peak) * inverse
+    return Centred(student * inverse, t * inverse, d, t_low, peak * inverse, z_top * inverse, t_at, apart)
 
 
 def slab(
@@ -131,9 +135,8 @@ def slab(
     tokens: Tensor | None,  # (n,)
     columns: Columns = WHOLE,
 ) -> None:
-    s, t, d, s_at, t_at, apart = centred(rows, 1.0 / divergence.temperature, columns)
-    t_max = columns.max(t)
-    t_low = t - t_max
+    inverse, furthest = 1.0 / divergence.temperature, apart_from(divergence)
+    s, _, d, t_low, t_max, s_at, t_at, apart = centred(rows, inverse, furthest, columns)
     e_s, e_t = s.exp(), t_low.exp()
     # sum of exp(t) - exp(s): expm1 where the two are close, their plain difference where expm1 could overflow
     difference = torch.where(d.abs() <= 1, e_s * torch.expm1(-d), e_t * t_max.exp() - e_s)
@@ -151,11 +154,13 @@ def slab(
         log_p = torch.where(known > 0, logit - total.log(), torch.nan)[:, 0]
         out[f"{side}_logprob"].copy_(torch.zeros_like(log_p) if tokens is None else log_p.masked_fill(tokens < 0, 0))
 
-    r = d + torch.log1p(excess / sum_s)
+    fits = (t_max < APART) & (excess > -0.99 * sum_s)  # else 1 + ratio has few digits, or exp(t_max) is too large
+    c = torch.where(fits, torch.log1p(excess / sum_s), t_max + (sum_t / sum_s).log())
+    r = d + c
     p, q = e_s / sum_s, e_t / sum_t
     x = torch.where(r.abs() <= 1, p * torch.expm1(-r), q - p)  # q - p
     limit = math.inf if divergence.clip is None else divergence.clip
-    value, slope, lost = _FORMULAS[divergence.kind](Terms(p, q, r, x), divergence.beta, limit, columns)
+    value, slope, lost = _FORMULAS[divergence.kind](Terms(p, q, d, r, x), divergence.beta, limit, columns)
     out["value"].copy_((value.clamp_min(0) if divergence.clip is None else value)[:, 0])
     out["clip_fraction"].copy_(lost[:, 0])
     if grad is not None:
@@ -184,13 +189,17 @@ Formula = tuple[Tensor, Tensor, Tensor]
 class Terms(NamedTuple):
     p: Tensor  # (n, V)
     q: Tensor
+    d: Tensor  # r but for a constant of the row
     r: Tensor  # ln p - ln q
     x: Tensor  # q - p
 
 
 def _reverse_kl(terms: Terms, beta: float, limit: float, columns: Columns) -> Formula:
-    p, _, r, x = terms
+    p, _, d, r, x = terms
     f = times(p, r)
+    if limit == math.inf:
+        value, mean = columns.sum(f + x, times(p, d))
+        return value, times(p, d - mean), torch.zeros_like(value)  # r - KL, but of smaller numbers
     clipped = f > limit
     mass = torch.where(clipped, p, 0.0)
     cut, free, kept, lost, kept_mass, count = columns.sum(
@@ -202,7 +211,7 @@ def _reverse_kl(terms: Terms, beta: float, limit: float, columns: Columns) -> Fo
 
 
 def _forward_kl(terms: Terms, beta: float, limit: float, columns: Columns) -> Formula:
-    p, q, r, x = terms
+    p, q, _, r, x = terms
     f = -times(q, r)
     clipped = f > limit
     mass = torch.where(clipped, q, 0.0)
@@ -215,7 +224,7 @@ def _forward_kl(terms: Terms, beta: float, limit: float, columns: Columns) -> Fo
 
 
 def _jsd(terms: Terms, beta: float, limit: float, columns: Columns) -> Formula:
-    p, q, r, x = terms
+    p, q, _, r, x = terms
     y = torch.expm1(-r.abs())
     # g = ln(M/p) and h = ln(q/M), each from the side on which exp cannot overflow
     less, more = torch.log1p(beta * y), torch.log1p((1 - beta) * y)

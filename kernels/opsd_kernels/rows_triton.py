@@ -18,7 +18,7 @@ from torch import Tensor
 from opsd_kernels.chunking import MAX_ROWS
 from opsd_kernels.divergence import KINDS, Divergence
 from opsd_kernels.launch import INTERPRETER, TABLE, Launch, Tile, label, launch_for
-from opsd_kernels.rows import RowOutputs
+from opsd_kernels.rows import RowOutputs, apart_from
 from opsd_kernels.triton_gradient import gradient_kernel
 from opsd_kernels.triton_stats import statistics_kernel
 from opsd_kernels.triton_sums import PARTS
@@ -82,6 +82,7 @@ class Passes:
             "grad_stride": target.stride(0),
             "out_stride": out.table.stride(0),
             "inverse_t": 1.0 / divergence.temperature,
+            "furthest": apart_from(divergence),
             "beta": divergence.beta,
             "clip": divergence.clip or 0.0,
         }

@@ -87,8 +87,9 @@ def plan(ops: Operands, with_grad: bool, trains_head: bool = True) -> tuple[Chun
     widest = max(width, ops.teacher_head.weight.shape[1])
     grad_dtype = gemm.gradient_dtype(ops.head.weight)
     logits = 3 if with_grad and ops.head.softcap is not None else 2
+    padding = gemm.padding_bytes(vocab, ops.head.weight.device)
     costs = ChunkCosts(
-        fixed=4 * _scratch_elements(ops) + ops.rows.scratch_bytes(vocab),
+        fixed=4 * _scratch_elements(ops) + ops.rows.scratch_bytes(vocab) + padding,
         # the fp32 logits, and the widened, subtracted and gradient hidden states beside them
         row=4 * (logits * vocab + 2 * widest + 2 * width),
         grad_row=0 if grad_dtype == torch.float32 or not with_grad else 2 * vocab,

@@ -7,7 +7,7 @@ import triton.language as tl
 from opsd_kernels.rows import RESULTS
 from opsd_kernels.triton_math import times
 from opsd_kernels.triton_stats import centred, logits, segment
-from opsd_kernels.triton_sums import FORWARD_KL, JSD, TOKEN, merge, normalisers
+from opsd_kernels.triton_sums import FORWARD_KL, JSD, REVERSE_KL, TOKEN, merge, normalisers
 from opsd_kernels.triton_terms import merge_terms, term
 
 VALUE = tl.constexpr(RESULTS.index("value"))
@@ -23,7 +23,7 @@ CLIP_FRACTION = tl.constexpr(RESULTS.index("clip_fraction"))
 
 @triton.jit
 def _slope(p, q, r, part, kept, lost, beta, clip, clips: tl.constexpr, kind: tl.constexpr):
-    """d value / d (z_s / T); without a clip part is the reverse KL or KL(p||M)."""
+    """d value / d (z_s / T); without a clip part is the mean of r or of ln(p/M), over p."""
     f, _safe, _student, x = term(p, q, r, beta, kind)
     if kind == FORWARD_KL:
         below = tl.where(lost > 0.5, p * kept - q, x - p * lost)  # equal; the one that keeps its digits
@@ -63,13 +63,13 @@ def _by_products(parts, tokens, out, row, out_stride, vocab, centre, sums, stude
 
 @triton.jit
 def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride, grad_stride, out_stride, inverse_t,
-                    beta, clip, clips: tl.constexpr, with_grad: tl.constexpr, kind: tl.constexpr,
+                    furthest, beta, clip, clips: tl.constexpr, with_grad: tl.constexpr, kind: tl.constexpr,
                     delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr, splits: tl.constexpr,
                     count: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
-    student, teacher, c, value = normalisers(sums, centre[2] * inverse_t, kind)
-    part, kept, lost, student_lost = value, value * 0.0, value * 0.0, value * 0.0
+    centre, sums = merge(parts, row, inverse_t, furthest, kind, delta, splits, count)
+    student, teacher, c, value, part = normalisers(sums, centre[2] * inverse_t, kind)
+    kept, lost, student_lost = value * 0.0, value * 0.0, value * 0.0
     if clips or kind == JSD:
         value, part, kept, lost, student_lost = merge_terms(parts, row, clips, kind, splits, count)
     if tl.program_id(1) == 0:
@@ -87,5 +87,7 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
             column = start + lane
             x, y = logits(z_s, second, row, stride, column, end)
             _s, _t, d, e_s, e_t = centred(x, y, column < end, centre, inverse_t, delta)
-            slope = _slope(e_s * per_student, e_t * per_teacher, d + c, part, kept, lost, beta, clip, clips, kind)
+            # of an unclipped reverse KL r - KL = d - sum p d, smaller numbers
+            r = d if kind == REVERSE_KL and not clips else d + c
+            slope = _slope(e_s * per_student, e_t * per_teacher, r, part, kept, lost, beta, clip, clips, kind)
             tl.store(grad + row * grad_stride + column, times(factor, slope), mask=column < end)

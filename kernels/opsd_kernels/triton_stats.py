@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.triton_math import exp_remainder, times
-from opsd_kernels.triton_sums import FORWARD_KL, REVERSE_KL, SUMS, TOKEN, moved, peak, settled
+from opsd_kernels.triton_sums import FORWARD_KL, REVERSE_KL, ROUNDED, SUMS, TOKEN, moved, peak, settled
 
 
 @triton.jit
@@ -31,6 +31,8 @@ def centred(x, y, inside, centre, inverse_t, delta: tl.constexpr):
     s = student * inverse_t
     d = (other if delta else student - other) * inverse_t  # subtracted first: equal rows give 0, whatever is fused
     t = ((student - other if delta else other) - centre[2]) * inverse_t
+    if delta:
+        t = tl.where(t > ROUNDED, ROUNDED, t)
     t = tl.where(inside, t, float("-inf"))
     return s, t, d, tl.exp(s), tl.exp(t)
 
@@ -60,7 +62,7 @@ def _terms(s, t, d, e_s, e_t, unit, kind: tl.constexpr):
 
 
 @triton.jit
-def _raised(state, x, y, teacher, column, second, inverse_t, delta: tl.constexpr):
+def _raised(state, x, y, teacher, column, second, inverse_t, furthest, delta: tl.constexpr):
     """The state (top, ref, teacher_top, apart) after a tile: at the greatest student logit so far."""
     top, ref, teacher_top, apart = state
     best = tl.max(x, 0)
@@ -70,13 +72,13 @@ def _raised(state, x, y, teacher, column, second, inverse_t, delta: tl.constexpr
     at = tl.load(second + a, mask=rises, other=0.0)
     best = tl.where(rises, best, top)
     ref, apart = tl.where(rises, at, ref), tl.where(rises, 0.0, apart)
-    return settled(best, ref, teacher_best, apart, inverse_t, delta)
+    return settled(best, ref, teacher_best, apart, inverse_t, furthest, delta)
 
 
 @triton.jit
-def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind: tl.constexpr, delta: tl.constexpr,
-                      tile: tl.constexpr, stages: tl.constexpr, lanes: tl.constexpr, splits: tl.constexpr,
-                      count: tl.constexpr):  # fmt: skip
+def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, furthest, kind: tl.constexpr,
+                      delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr, lanes: tl.constexpr,
+                      splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """Sums around the greatest student logit so far, moved whenever a tile has a greater one."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = segment(vocab, tile, splits)
@@ -92,7 +94,7 @@ def statistics_kernel(z_s, second, tokens, parts, vocab, stride, inverse_t, kind
         teacher = tl.where(column < end, x - y, float("-inf")) if delta else y
         higher = (x > state[0]) | (teacher > state[2])
         if tl.max(higher.to(tl.int32), 0) > 0:
-            new = _raised(state, x, y, teacher, column, second + row * stride, inverse_t, delta)
+            new = _raised(state, x, y, teacher, column, second + row * stride, inverse_t, furthest, delta)
             sums = moved(sums, state, new, inverse_t, kind, delta)
             state = new
         centre = (tl.where(state[0] == float("-inf"), 0.0, state[0]), state[1], peak(state, delta))

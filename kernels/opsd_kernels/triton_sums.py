@@ -2,8 +2,8 @@
 """Triton: sums of one part of a row around its own centre, moved to another, and merged over the row.
 
 A centre is the state (top, ref, teacher_top, apart): the greatest student logit so far, at a; second[a]; the greatest
-teacher logit; and 1 where that is APART from the teacher's logit at a, -inf say, or nothing was seen. Then ref stands
-for the teacher's own maximum instead. Around it, with k(x) = exp(-x) - 1 + x:
+teacher logit; and 1 where that is `furthest` (apart_from) from the teacher's logit at a, -inf say, or nothing was seen.
+Then ref stands for the teacher's own maximum instead. Around it, with k(x) = exp(-x) - 1 + x:
 
     s = (z_s - top) / T,   t = (z_t - z_t[a]) / T,   d = s - t,   t_max = max t = peak / T
 
@@ -32,6 +32,7 @@ REVERSE_KL = tl.constexpr(KINDS.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(KINDS.index("forward_kl"))
 JSD = tl.constexpr(KINDS.index("jsd"))
 APART = tl.constexpr(APART_)
+ROUNDED = tl.constexpr(60.0)  # beyond it the roundings of z_s - z_t over a low temperature have left no digits
 # Partial results of a program, each `splits` floats apart in (rows, PARTS, splits):
 # 0-3 state, 4-10 sums, 11-16 terms, 17-18 logits of the sampled token (first program only)
 PARTS = 19
@@ -53,10 +54,10 @@ def teacher_at(top, teacher_top, delta: tl.constexpr):
 
 
 @triton.jit
-def settled(top, ref, teacher_top, apart, inverse_t, delta: tl.constexpr):
+def settled(top, ref, teacher_top, apart, inverse_t, furthest, delta: tl.constexpr):
     """The state; ref counts where apart is 0."""
     here = finite(top) - ref if delta else ref
-    apart = tl.where((teacher_top - here) * inverse_t <= APART, apart, 1.0)  # 1 of a teacher that is all -inf
+    apart = tl.where((teacher_top - here) * inverse_t <= furthest, apart, 1.0)  # 1 of a teacher that is all -inf
     return top, tl.where(apart > 0.0, teacher_at(top, teacher_top, delta), ref), teacher_top, apart
 
 
@@ -114,7 +115,7 @@ def total(parts, row, i, splits: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
-def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits: tl.constexpr,
+def merge(parts, row, inverse_t, furthest, kind: tl.constexpr, delta: tl.constexpr, splits: tl.constexpr,
           count: tl.constexpr):  # fmt: skip
     """Centre (top, ref, peak, apart) and sums of a whole row."""
     old = (
@@ -127,7 +128,7 @@ def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits
     top, teacher_top = tl.max(old[0], 0), tl.max(old[2], 0)
     first = lane == tl.min(tl.where(old[0] == top, lane, splits - 1), 0)
     apart = tl.sum(tl.where(first, old[3], 0.0), 0)
-    new = settled(top, tl.sum(tl.where(first, old[1], 0.0), 0), teacher_top, apart, inverse_t, delta)
+    new = settled(top, tl.sum(tl.where(first, old[1], 0.0), 0), teacher_top, apart, inverse_t, furthest, delta)
     sums = (
         _part(parts, row, SUMS, splits, count),
         _part(parts, row, SUMS + 1, splits, count),
@@ -140,27 +141,40 @@ def merge(parts, row, inverse_t, kind: tl.constexpr, delta: tl.constexpr, splits
     s = moved(sums, old, new, inverse_t, kind, delta)
     sums = (tl.sum(s[0], 0), tl.sum(s[1], 0), tl.sum(s[2], 0), tl.sum(s[3], 0), tl.sum(s[4], 0), tl.sum(s[5], 0),
             tl.sum(s[6], 0))  # fmt: skip
+    if delta:
+        sums = _with_maximum(sums, tl.exp(-peak(new, delta) * inverse_t), teacher_top)
     return (finite(top), new[1], peak(new, delta), new[3]), sums
 
 
 @triton.jit
+def _with_maximum(sums, unit, teacher_top):
+    """With the teacher's maximum, which alone is 1, where nothing of it is ROUNDED; a row that is all -inf has none."""
+    near, far, growth, far_teacher, moment, student_moment, teacher_moment = sums
+    rest = unit * (near + growth)
+    lost = (rest + far_teacher < tl.exp(-ROUNDED)) & (teacher_top > float("-inf"))
+    return near, far, growth, tl.where(lost, 1.0 - rest, far_teacher), moment, student_moment, teacher_moment
+
+
+@triton.jit
 def normalisers(sums, t_max, kind: tl.constexpr):
-    """S, Q in units of exp(t_max), c = ln(Q / S), and the value of the two KLs."""
+    """S, Q in units of exp(t_max), c = ln(Q / S), and of the two KLs the value and, reverse, the mean sum p d."""
     near, far_student, growth, far_teacher, moment = sums[0], sums[1], sums[2], sums[3], sums[4]
     unit = tl.exp(-t_max)
     student = near + far_student
+    teacher = unit * (near + growth) + far_teacher
     far = far_teacher * tl.exp(t_max) - far_student
     ratio = (growth + far) / student  # Q / S - 1
-    teacher = unit * (near + growth) + far_teacher
-    c = ln_one_plus(ratio)
+    fits = (ratio > -0.99) & (t_max <= APART)  # else 1 + ratio has next to no digits, or exp(t_max) is too large
+    c = tl.where(fits, ln_one_plus(ratio), t_max + tl.log(teacher / student))
     # where Q is close to S, first-order terms are cancelled before they are summed
     close = tl.abs(ratio) <= 0.25
-    value = c * 0.0
+    value, mean = c * 0.0, c * 0.0
     if kind == REVERSE_KL:
+        mean = (moment - growth) / student
         fine = (moment + far) / student - log_remainder(tl.where(close, ratio, 0.0))
-        value = tl.where(close, fine, (moment - growth) / student + c)
+        value = tl.where(close, fine, mean + c)
     elif kind == FORWARD_KL:
         back = tl.where(close, -(growth + far) / (student + growth + far), 0.0)  # S / Q - 1
         fine = (moment - unit * far) / teacher - log_remainder(back)
         value = tl.where(close, fine, (moment + unit * growth) / teacher - c)
-    return student, teacher, c, value
+    return student, teacher, c, value, mean

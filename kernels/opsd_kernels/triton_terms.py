@@ -48,13 +48,13 @@ def term(p, q, r, beta, kind: tl.constexpr):
 
 
 @triton.jit
-def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, beta, clip, clips: tl.constexpr, kind: tl.constexpr,
-                 delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr, splits: tl.constexpr,
-                 count: tl.constexpr):  # fmt: skip
+def terms_kernel(z_s, second, parts, vocab, stride, inverse_t, furthest, beta, clip, clips: tl.constexpr,
+                 kind: tl.constexpr, delta: tl.constexpr, tile: tl.constexpr, stages: tl.constexpr,
+                 splits: tl.constexpr, count: tl.constexpr):  # fmt: skip
     """The sums of Terms in csrc/row_terms.h, in that order."""
     row = tl.program_id(0).to(tl.int64)
-    centre, sums = merge(parts, row, inverse_t, kind, delta, splits, count)
-    student, teacher, c, _kl = normalisers(sums, centre[2] * inverse_t, kind)
+    centre, sums = merge(parts, row, inverse_t, furthest, kind, delta, splits, count)
+    student, teacher, c, _kl, _mean = normalisers(sums, centre[2] * inverse_t, kind)
     per_student, per_teacher = 1.0 / student, 1.0 / teacher
     begin, end = segment(vocab, tile, splits)
     lane = tl.arange(0, tile)

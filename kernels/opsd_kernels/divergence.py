@@ -64,10 +64,9 @@ class Divergence:
     from 1e-6 to 1 - 1e-6; its limits are the two KLs (jsd / beta -> forward_kl, jsd / (1 - beta) -> reverse_kl).
     temperature: divides both logits, or the student's where teacher_temperature is given. It divides their rounding
     too: fp32 logits of size z leave 6e-8 z / T. Of logits that are given the rows lose about 1e-6, relative, at any T,
-    but for three things: under one head, where the teacher's are z_s - delta, columns that only the teacher finds
-    likely are exact to 1.2e-7 (max z_s - z_s) / T, and maxima of both sides more than 1e8 T apart may give infinities
-    or no number; the gradient of reverse_kl is exact to 1e-7 KL in the torch and Triton rows; and that of a jsd of
-    sides with next to nothing in common, itself next to nothing, to 1e-7.
+    but for two things: under one head, where the teacher's are z_s - delta, columns that only the teacher finds
+    likely are exact to 1.2e-7 (max z_s - z_s) / T; and the gradient of a jsd of sides with next to nothing in common,
+    itself next to nothing, to 1e-7.
     clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
     support: None, the whole vocabulary, or the TopK that approximates it.
     Raises ValueError for an unknown kind, a beta beyond these, a temperature that is no number from 1e-6 to 1e6, a clip

@@ -6,7 +6,7 @@ that belongs to the workspace: exact products, at fp32 GEMM speed.
 
 On a CPU a row of the logits does not depend on the rows beside it, so that no value depends on the workspace. MKL's
 kernels for AVX-512 add in one order from 16 rows on; but several threads choose by the number of rows how a width
-beyond 768 is divided, so that it comes to them in parts, which are small enough to be as exact (bench/NOTES.md).
+beyond 768 is divided, so that it comes to them in parts, as exact as what they choose (bench/NOTES.md).
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LEAST_ROWS = 16
-WIDTH = 768
-PART = 256
 PADDED_COLUMNS = 2048  # of a product with padded rows: its temporary
 
 
@@ -84,10 +82,16 @@ def _product_into(out: Tensor, hidden: Tensor, head: Tensor) -> None:  # (n, V),
 
 def _add_parts(out: Tensor, hidden: Tensor, head: Tensor) -> None:
     width = hidden.shape[1]
-    step = width if width <= WIDTH or torch.get_num_threads() == 1 else PART
+    step = _part_of(width)
     for start in range(0, width, step):
         part = slice(start, start + step)
         out.addmm_(hidden[:, part], head[:, part].mT, beta=float(start > 0))
+
+
+def _part_of(width: int) -> int:
+    if width <= 768 or torch.get_num_threads() == 1:
+        return width
+    return 192 if width < 1536 else 384
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tensor:  # (n, V), (V, D) -> (n, D)

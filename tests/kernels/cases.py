@@ -14,12 +14,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
 if INTERPRETED:
     from triton.runtime.interpreter import InterpretedFunction
 
-    _call = InterpretedFunction.__call__
+    _call, _patched_for = InterpretedFunction.__call__, set()
 
     def _called(self, *args, **kwargs):
-        """The language is patched already when a kernel calls one of ours; doing it again takes most of the time."""
-        ours = self.fn.__module__.startswith("opsd_kernels")
-        return self.rewrite()(*args, **kwargs) if ours else _call(self, *args, **kwargs)
+        """A launch patches the language of our kernels, the first call of a module of Triton's own that of this one,
+        which stays patched; doing it again at every call takes most of the time."""
+        module = self.fn.__module__
+        if not module.startswith("opsd_kernels") and module not in _patched_for:
+            _patched_for.add(module)
+            return _call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = _called
 BACKENDS = ("triton",) if INTERPRETED else ("native", "torch")

@@ -1,8 +1,19 @@
-"""What a machine does not have is skipped, with the reason."""
+"""What a machine does not have is skipped, with the reason; and what is shared by the tests of a process."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from opsd_kernels import rows_native
+from tests.ready_python import ready_python
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Path]:
+    """For tests that start many commands: an interpreter that has imported what takes long."""
+    with ready_python() as path:
+        yield path
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

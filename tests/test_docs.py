@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +34,8 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 @pytest.fixture
-def place(tmp_path):
-    """What a reader has around: the examples, a model, rows; `.venv/bin/python` and `python` are this interpreter."""
+def place(tmp_path, python):
+    """What a reader has around: the examples, a model, rows; `.venv/bin/python`, `python` and `torchrun`."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     save_text_model(tmp_path / "model")
     write_rows(tmp_path / "words.jsonl")
@@ -45,7 +44,7 @@ def place(tmp_path):
         folder.mkdir(parents=True)
         for name, module in {"python": "", "torchrun": " -m torch.distributed.run --standalone"}.items():
             script = folder / name
-            script.write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+            script.write_text(f'#!/bin/sh\nexec "{python}"{module} "$@"\n')
             script.chmod(0o755)
     return tmp_path
 
@@ -69,11 +68,26 @@ def test_the_commands_of_a_page_run(place, page):
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
         elif said == "run" and language == "python":
-            run(place, [sys.executable, "-c", text])
+            run(place, ["python", "-c", text])
         elif said == "run":
             shell.append(text)  # one shell a page: a later block may use a variable of an earlier one
     if shell:
         run(place, ["bash", "-euo", "pipefail", "-c", "\n".join(shell)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["python", "-c", "import sys; sys.exit(3)"], ""),
+        (["python", "-c", "import os; os.abort()"], ""),
+        (["python", "-m", "opsd.train", "no.yaml"], "no.yaml"),
+        (["python", "examples/quickstart/rows.py"], "IndexError"),
+        (["bash", "-ec", "python -c 'raise KeyError(7)'; true"], "KeyError: 7"),
+    ],
+)
+def test_a_command_that_fails_is_noticed(place, words, said):
+    with pytest.raises(AssertionError, match=said):
+        run(place, words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

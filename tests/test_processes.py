@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -100,25 +99,25 @@ def test_the_first_process_alone_writes(runs):
         assert found == sorted(p.name for p in (runs / f"{ALONE.get(name, name)}-1").iterdir())
 
 
-def torchrun(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def torchrun(python: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "opsd.train"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    return subprocess.run([sys.executable, *start, *command], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run([python, *start, *command], cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_torchrun_picks_one_run_directory_and_says_a_mistake_once(tmp_path):
+def test_torchrun_picks_one_run_directory_and_says_a_mistake_once(tmp_path, python):
     text_job(tmp_path)
     config = tmp_path / "job.yaml"
     config.write_text(f"model: {{path: {tmp_path / 'model'}}}\n")
     job = [word for word in base_words(tmp_path) if not word.startswith("train.run_dir")]
-    done = torchrun(tmp_path, str(config), *job, "train.steps=2")
+    done = torchrun(python, tmp_path, str(config), *job, "train.steps=2")
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["job-001"]
     assert len(metrics(tmp_path / "runs" / "job-001")) == 2
-    odd = torchrun(tmp_path, str(config), *job, "train.prompts_per_step=3")
+    odd = torchrun(python, tmp_path, str(config), *job, "train.prompts_per_step=3")
     assert odd.returncode != 0
     assert odd.stderr.count("'train.prompts_per_step': expected a multiple of the 2 processes; found 3") == 1
     assert len(list((tmp_path / "runs").iterdir())) == 1

@@ -1,4 +1,6 @@
-"""`pytest` runs tests/, `pytest --benchmark-only` runs bench/."""
+"""`pytest` runs tests/, `pytest --benchmark-only` runs bench/; with `-n` processes, each has its share of the cores."""
+
+import os
 
 import pytest
 
@@ -11,3 +13,5 @@ def pytest_configure(config: pytest.Config) -> None:
     no_paths_given = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if no_paths_given and config.getoption("benchmark_only", default=False):
         config.args = [str(config.rootpath / "bench")]
+    if workers := config.getoption("numprocesses", default=None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

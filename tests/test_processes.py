@@ -17,7 +17,8 @@ from tests.processes import train_together
 from tests.test_resume import metrics, weights
 
 ROOT = Path(__file__).parents[1]
-STEPS = 20
+STEPS = 8
+HALF = STEPS // 2  # in the middle of an epoch
 SHORT = "train.steps=3"
 FSDP = ["train.parallel=fsdp"]
 VARIANTS = {
@@ -39,8 +40,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
         *base_words(folder),
         f"train.steps={STEPS}",
         "optim.lr=1e-4",
-        "evaluate.every=10",
-        "checkpoint.every=10",
+        f"evaluate.every={HALF}",
+        f"checkpoint.every={HALF}",
         "checkpoint.keep=9",
         f"train.run_dir={folder / name}",
         *more,
@@ -59,7 +60,7 @@ def runs(tmp_path_factory) -> Path:
         if name not in ALONE:
             assert main([str(config), *words(folder, f"{name}-1", *more)]) == 0
         two.append([str(config), *words(folder, f"{name}-2", *more)])
-    first_half = "train.steps=10"
+    first_half = f"train.steps={HALF}"
     assert main([str(config), *words(folder, "1-to-2", first_half)]) == 0
     two.append(["--resume", str(folder / "1-to-2"), *FSDP, f"train.steps={STEPS}"])
     two.append([str(config), *words(folder, "2-to-1", *FSDP, first_half)])

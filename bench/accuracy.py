@@ -34,7 +34,7 @@ from opsd_kernels.reference import token_divergence
 from opsd_kernels.rows import RESULTS, RowOutputs, select_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = {"SmolLM2-135M": (128, 49152, 576), "Qwen3-0.6B": (48, 151936, 1024)}  # tokens, vocabulary, width
+SHAPES = {"SmolLM2-135M": (128, 49152, 576), "Qwen3-0.6B": (128, 151936, 1024)}  # tokens, vocabulary, width
 NAMES = {"value": "value", "hidden": "dX", "head": "dW"}
 
 

@@ -91,7 +91,7 @@ def _add_parts(out: Tensor, hidden: Tensor, head: Tensor) -> None:
 def _part_of(width: int) -> int:
     if width <= 768 or torch.get_num_threads() == 1:
         return width
-    return 192 if width < 1536 else 384
+    return 128 if width < 1536 else 384
 
 
 def hidden_gradient(grad: Tensor, head: Tensor, scratch: Tensor | None) -> Tensor:  # (n, V), (V, D) -> (n, D)

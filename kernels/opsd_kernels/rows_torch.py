@@ -199,6 +199,7 @@ def _reverse_kl(terms: Terms, beta: float, limit: float, columns: Columns) -> Fo
     f = times(p, r)
     if limit == math.inf:
         value, mean = columns.sum(f + x, times(p, d))
+        mean = torch.where(value.isnan(), value, mean)  # NaN also of a NaN that has no mass
         return value, times(p, d - mean), torch.zeros_like(value)  # r - KL, but of smaller numbers
     clipped = f > limit
     mass = torch.where(clipped, p, 0.0)

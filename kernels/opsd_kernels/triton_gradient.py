@@ -69,7 +69,7 @@ def gradient_kernel(z_s, second, tokens, parts, scale, grad, out, vocab, stride,
     row = tl.program_id(0).to(tl.int64)
     centre, sums = merge(parts, row, inverse_t, furthest, kind, delta, splits, count)
     student, teacher, c, value, part = normalisers(sums, centre[2] * inverse_t, kind)
-    kept, lost, student_lost = value * 0.0, value * 0.0, value * 0.0
+    kept, lost, student_lost = student * 0.0, student * 0.0, student * 0.0  # the value may be infinite
     if clips or kind == JSD:
         value, part, kept, lost, student_lost = merge_terms(parts, row, clips, kind, splits, count)
     if tl.program_id(1) == 0:

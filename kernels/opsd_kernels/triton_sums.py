@@ -173,6 +173,7 @@ def normalisers(sums, t_max, kind: tl.constexpr):
         mean = (moment - growth) / student
         fine = (moment + far) / student - log_remainder(tl.where(close, ratio, 0.0))
         value = tl.where(close, fine, mean + c)
+        mean = tl.where(value == value, mean, value)  # NaN also of a NaN that has no mass
     elif kind == FORWARD_KL:
         back = tl.where(close, -(growth + far) / (student + growth + far), 0.0)  # S / Q - 1
         fine = (moment - unit * far) / teacher - log_remainder(back)

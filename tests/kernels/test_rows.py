@@ -177,6 +177,7 @@ def test_one_side_excludes_tokens(backend, kind, is_delta, clip):
     infinite = [] if clip else infinite
     finite = [row for row in range(4) if row not in infinite]
     assert (out["value"][infinite] == torch.inf).all()
+    assert clip or not out["clip_fraction"].any()
     expected, gradient, _ = truth(z_s, second, is_delta, divergence)
     torch.testing.assert_close(out["value"][finite].double(), expected[finite], rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(grad[finite].double(), gradient[finite], rtol=1e-4, atol=1e-6)
@@ -257,6 +258,18 @@ def test_nan_goes_through(backend, kind):
     z_s[0, WIDTH // 2] = torch.nan
     out, _ = run(backend, z_s, delta, True, Divergence(kind))
     assert out["value"].isnan().tolist() == [True, False]
+
+
+@every_backend
+@every_kind
+def test_nan_where_the_student_has_no_mass_reaches_the_gradient(backend, kind):
+    z_s = torch.randn(2, WIDTH)
+    z_s[:, WIDTH // 2] = -200.0
+    z_t = z_s + 0.1 * torch.randn(2, WIDTH)
+    z_t[0, WIDTH // 2] = torch.nan
+    out, grad = run(backend, z_s, z_t, False, Divergence(kind))
+    assert out["value"].isnan().tolist() == [True, False]
+    assert grad.isfinite().all(dim=1).tolist() == [False, True]
 
 
 @pytest.fixture

@@ -70,6 +70,23 @@ def test_of_a_difference_the_students_gap_is_rounded(backend, kind, temperature)
 
 
 @every_backend
+@pytest.mark.parametrize("is_delta", [False, True], ids=["pair", "delta"])
+def test_a_reverse_kl_far_above_its_gradient_costs_no_digits(backend, is_delta):
+    """A teacher sure of a token that the student excludes: r and the KL are 1e4, d and its mean are 1."""
+    g = torch.Generator().manual_seed(6)
+    z_s = 1e-3 * torch.randn(2, WIDTH, generator=g)
+    delta = 1e-3 * torch.randn(2, WIDTH, generator=g)
+    z_s[:, 7], delta[:, 7] = -GAP, -2 * GAP
+    second = delta if is_delta else z_s - delta
+    divergence = replace(cases.ALL["reverse_kl"], temperature=1e-3)
+    expected, gradient, _ = truth(z_s, second, is_delta, divergence)
+    out, found = run(backend, z_s, second, is_delta, divergence)
+    value, slope = errors(found, gradient * 1e-3, out, expected)
+    assert value.max() <= 1e-6, value
+    assert slope.max() <= 2e-6, slope
+
+
+@every_backend
 @every_kind
 @pytest.mark.parametrize("is_delta", [False, True], ids=["pair", "delta"])
 @pytest.mark.parametrize("size", [1e3, 1e4])

@@ -65,8 +65,8 @@ class Divergence:
     temperature: divides both logits, or the student's where teacher_temperature is given. It divides their rounding
     too: fp32 logits of size z leave 6e-8 z / T. Of logits that are given the rows lose about 1e-6, relative, at any T,
     but for two things: under one head, where the teacher's are z_s - delta, columns that only the teacher finds
-    likely are exact to 1.2e-7 (max z_s - z_s) / T; and the gradient of a jsd of sides with next to nothing in common,
-    itself next to nothing, to 1e-7.
+    likely are exact to 1.2e-7 (max z_s - z_s) / T, which leaves no digits of sides 1e8 T apart, finite results
+    only; and the gradient of a jsd of sides with next to nothing in common, itself next to nothing, to 1e-7.
     clip: upper limit of each vocabulary term before the sum (None: none); the equations are above.
     support: None, the whole vocabulary, or the TopK that approximates it.
     Raises ValueError for an unknown kind, a beta beyond these, a temperature that is no number from 1e-6 to 1e6, a clip

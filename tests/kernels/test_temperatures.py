@@ -13,6 +13,8 @@ WIDTH = 300 if cases.INTERPRETED else 1200
 TEMPERATURES = [1e-3] if cases.INTERPRETED else [1e-2, 1e-3, 1e-4]
 SHARED = slice(20, 60)  # columns that both sides have mass on
 GAP = 10.0  # about so far is a student's usual logit from its maximum
+# Size of logits, temperature, and rows in which rounding takes all of the teacher's maximum, or raises it by e^89
+ROUNDED = [(1e3, 1e-6, [24, 27]), (3e3, 1e-6, [7, 32]), (600.0, 1.0287e-6, [1259])]
 every_backend = pytest.mark.parametrize("backend", cases.BACKENDS)
 every_kind = pytest.mark.parametrize("kind", cases.ALL)
 
@@ -71,7 +73,7 @@ def test_of_a_difference_the_students_gap_is_rounded(backend, kind, temperature)
 
 @every_backend
 @pytest.mark.parametrize("is_delta", [False, True], ids=["pair", "delta"])
-def test_a_reverse_kl_far_above_its_gradient_costs_no_digits(backend, is_delta):
+def test_a_reverse_kl_much_above_its_gradient_costs_no_digits(backend, is_delta):
     """A teacher sure of a token that the student excludes: r and the KL are 1e4, d and its mean are 1."""
     g = torch.Generator().manual_seed(6)
     z_s = 1e-3 * torch.randn(2, WIDTH, generator=g)
@@ -89,16 +91,30 @@ def test_a_reverse_kl_far_above_its_gradient_costs_no_digits(backend, is_delta):
 @every_backend
 @every_kind
 @pytest.mark.parametrize("is_delta", [False, True], ids=["pair", "delta"])
-@pytest.mark.parametrize("size", [1e3, 1e4])
-def test_sides_beyond_the_digits_of_fp32_are_finite(backend, kind, is_delta, size):
-    """1e9 T and 1e10 T from each other, where the roundings of the teacher's logits alone are 60 T and 600 T."""
+@pytest.mark.parametrize("rounded", ROUNDED, ids=str)
+def test_sides_beyond_the_digits_of_fp32_are_finite(backend, kind, is_delta, rounded):
+    """Over 1e9 T from each other, where the roundings of the teacher's logits alone are 60 T and more."""
+    size, temperature, chosen = rounded
     g = torch.Generator().manual_seed(3)
-    shape = 2, 3 if cases.INTERPRETED else 16, 90
-    z_s, z_t = (size * torch.randn(shape, generator=g)).clamp_min(-9e3)  # the definition ends at -1e4
-    divergence = replace(cases.ALL[kind], temperature=1e-6)
+    z_s, z_t = (size * torch.randn(2, 2000, 20, generator=g)).clamp_min(-9e3)[:, chosen]  # the definition ends at -1e4
+    divergence = replace(cases.ALL[kind], temperature=temperature)
     second = z_s - z_t if is_delta else z_t
     out, found = run(backend, z_s, second, is_delta, divergence, tokens=torch.zeros(len(z_s), dtype=torch.int64))
     assert found.isfinite().all()
     assert all(out[name].isfinite().all() for name in RESULTS)
-    expected, _, _ = truth(z_s, z_t, False, divergence)
-    torch.testing.assert_close(out["value"].double(), expected, rtol=1e-6, atol=0)
+    if not is_delta:  # of a difference no digits are left
+        expected, _, _ = truth(z_s, z_t, False, divergence)
+        torch.testing.assert_close(out["value"].double(), expected, rtol=1e-6, atol=0)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("is_delta", [False, True], ids=["pair", "delta"])
+@pytest.mark.parametrize("distance", [29.0, 31.0, 95.0, 1e4])  # exp(95) is beyond fp32, exp(-95) is not nothing there
+def test_a_teacher_who_all_but_excludes_one_of_two_tokens(backend, kind, is_delta, distance):
+    z_s = torch.tensor([[0.0, -1.0]])
+    z_t = torch.tensor([[-distance, 0.0]])
+    expected, gradient, _ = truth(z_s, z_t, False, cases.ALL[kind])
+    out, found = run(backend, z_s, z_s - z_t if is_delta else z_t, is_delta, cases.ALL[kind])
+    torch.testing.assert_close(out["value"].double(), expected, rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(found.double(), gradient * cases.ALL[kind].temperature, rtol=2e-6, atol=2e-7)
